@@ -1,0 +1,78 @@
+# Two commands to start: `make segment` and `make test`. Each makes the environment first, once, and re-uses it until
+# pyproject.toml or constraints.txt change. Needs python3 (3.10 or newer, with venv), make and a package index, nothing else.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Given to every `pip install`; for the CPU build of torch on Linux:
+#   make segment PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PIP_ARGS ?=
+
+MODEL ?= hub_cards/deformvos-student
+VIDEO ?= examples/bunny.mp4
+MASK ?= examples/bunny_mask.png
+OUTPUT ?= output
+# A folder that holds davis2016-val in DAVIS layout, for `make numbers` and the tests on real data.
+DATA ?= $(DEFORMVOS_DATA)
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+CORE := $(VENV)/.installed-core
+FULL := $(VENV)/.installed-full
+INSTALL = $(BIN)/python -m pip install -c constraints.txt $(PIP_ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help env segment test check style numbers numbers-check clean
+
+help:  ## list the commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
+
+# A virtual environment that does not start (moved, or its Python is gone) is repaired; a working one is kept.
+$(CORE): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "error: Python 3.10 or newer is needed, got %d.%d: name one with PYTHON=..." % v[:2])'
+	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		echo "Making the environment in $(VENV)"; $(PYTHON) -m venv $(VENV); fi
+	@echo "Installing hf_deformvos and what it runs on (PyTorch is the large part)"
+	$(INSTALL) -e .
+	@touch $@
+
+# vos-benchmark, the oracle of the metric tests, comes without its dependencies: see the test extra in pyproject.toml.
+$(FULL): $(CORE)
+	@echo "Installing what training, evaluation, export and the tests need"
+	$(INSTALL) -e ".[train,eval,export,test]"
+	$(INSTALL) --no-deps vos-benchmark
+	@touch $@
+
+env: $(FULL)  ## make the environment with everything that development needs
+
+segment: $(CORE)  ## follow two objects through the example clip with the bundled student
+	$(BIN)/python -m hf_deformvos segment $(VIDEO) --mask $(MASK) --model $(MODEL) --output $(OUTPUT) --overlay $(OUTPUT)/overlay.mp4
+	@echo
+	@echo "Look at $(OUTPUT)/overlay.mp4: the clip with the objects coloured. The masks, one PNG a frame, are beside it."
+
+test: $(FULL)  ## make the environment and pass every check: lint, format, tests
+	@echo "[1/3] ruff check"
+	@$(BIN)/python -m ruff check .
+	@echo "[2/3] ruff format --check"
+	@$(BIN)/python -m ruff format --check .
+	@echo "[3/3] pytest"
+	@$(if $(DATA),DEFORMVOS_DATA="$(DATA)") $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(FULL)  ## lint, format and numbers, without the tests
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python scripts/numbers.py check
+
+style: $(FULL)  ## repair what lint and format can repair
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+numbers: $(FULL)  ## measure every figure that the texts state, and write them: make numbers DATA=folder
+	@test -n "$(DATA)" || { echo "error: DATA is empty: name the folder that holds davis2016-val, as in make numbers DATA=~/data" >&2; exit 2; }
+	$(BIN)/python scripts/numbers.py measure --data "$(DATA)" --model $(MODEL)
+
+numbers-check: $(FULL)  ## the texts state what was measured, with these very weights
+	$(BIN)/python scripts/numbers.py check
+
+clean:  ## remove the environment, outputs and caches
+	rm -rf .venv output build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

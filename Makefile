@@ -60,7 +60,7 @@ test: $(FULL)  ## make the environment and pass every check: lint, format, tests
 check: $(FULL)  ## lint, format and numbers, without the tests
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/python scripts/numbers.py check
+	$(BIN)/python scripts/update_numbers.py check
 
 style: $(FULL)  ## repair what lint and format can repair
 	$(BIN)/python -m ruff check --fix .
@@ -68,10 +68,10 @@ style: $(FULL)  ## repair what lint and format can repair
 
 numbers: $(FULL)  ## measure every figure that the texts state, and write them: make numbers DATA=folder
 	@test -n "$(DATA)" || { echo "error: DATA is empty: name the folder that holds davis2016-val, as in make numbers DATA=~/data" >&2; exit 2; }
-	$(BIN)/python scripts/numbers.py measure --data "$(DATA)" --model $(MODEL)
+	$(BIN)/python scripts/update_numbers.py measure --data "$(DATA)" --model $(MODEL)
 
 numbers-check: $(FULL)  ## the texts state what was measured, with these very weights
-	$(BIN)/python scripts/numbers.py check
+	$(BIN)/python scripts/update_numbers.py check
 
 clean:  ## remove the environment, outputs and caches
 	rm -rf .venv output build dist *.egg-info .pytest_cache .ruff_cache

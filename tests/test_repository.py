@@ -1,0 +1,155 @@
+"""The repository's own texts: versions agree, figures are the measured ones, nothing points outside."""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+
+def tracked_texts():
+    """Every text file that git tracks, as (path, text)."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(["git", "-c", f"safe.directory={ROOT}", "ls-files", "-z"], cwd=ROOT, capture_output=True)
+    assert listed.returncode == 0, listed.stderr.decode()
+    for name in listed.stdout.decode().split("\0"):
+        path = ROOT / name
+        if not name or not path.is_file() or path.stat().st_size > 1_000_000:
+            continue
+        try:
+            yield path, path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+
+
+def load_script(name):
+    """A module of scripts/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_texts_name_no_private_paths():
+    private = re.compile(r"(?<![\w.~$}/-])/(?:home|root|Users|work|mnt|opt|srv)/[\w.-]+")
+    for path, text in tracked_texts():
+        found = private.search(text) if path.name != "test_repository.py" else None
+        assert not found, f"{path.relative_to(ROOT)} names {found and found[0]}"
+
+
+def test_relative_paths_stay_inside():
+    for path, text in tracked_texts():
+        if path.suffix not in {".md", ".jinja"}:
+            continue
+        for target in re.findall(r"(?<![\w./])(?:\.\./)+[\w./-]+", text):
+            resolved = (path.parent / target.rstrip(".")).resolve()
+            assert resolved.is_relative_to(ROOT) and resolved.exists(), (
+                f"{path.relative_to(ROOT)}: {target} leads nowhere"
+            )
+
+
+def test_links_of_the_texts_lead_somewhere():
+    for path, text in tracked_texts():
+        if path.suffix != ".md":
+            continue
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+            if not re.match(r"[a-z]+:", target):
+                assert (path.parent / target).exists(), f"{path.relative_to(ROOT)} links to {target}, which is missing"
+
+
+def test_versions_agree():
+    import hf_deformvos
+
+    project = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    citation = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1]
+    assert hf_deformvos.__version__ == project == citation
+
+
+def test_every_dependency_that_the_checks_install_is_pinned():
+    project = (ROOT / "pyproject.toml").read_text()
+    lines = project[project.index("dependencies = [") : project.index("[project.scripts]")].splitlines()
+    wanted = {match[1].lower() for line in lines if (match := re.match(r'\s+"([\w-]+)[><=!]', line))}
+    pins = re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert wanted and wanted <= {pin.lower() for pin in pins}, wanted - {pin.lower() for pin in pins}
+
+
+def test_texts_state_the_measured_figures():
+    assert load_script("update_numbers").check() == []
+
+
+RECORD = {
+    "model": "hub_cards/m",
+    "weights_sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",  # of the bytes "abc"
+    "parameters": 2_000_000,
+    "command": "deformvos evaluate",
+    "environment": {"processor": "a processor", "threads": 2, "torch": "2"},
+    "results": {
+        "J&F-Mean": 0.8125,
+        "J-Mean": 0.8,
+        "J-Recall": 0.9,
+        "J-Decay": 0.1,
+        "F-Mean": 0.825,
+        "F-Recall": 0.9,
+        "F-Decay": 0.1,
+        "fps": 9.96,
+    },
+    "sequences": {"cow": {"J&F-Mean": 0.9, "J-Mean": 0.88, "F-Mean": 0.92}},
+}
+
+
+@pytest.fixture
+def small_repository(tmp_path):
+    """A README with three blocks, one record, one weights file."""
+    (tmp_path / "docs" / "numbers").mkdir(parents=True)
+    (tmp_path / "hub_cards" / "m").mkdir(parents=True)
+    (tmp_path / "hub_cards" / "m" / "model.safetensors").write_bytes(b"abc")
+    (tmp_path / "docs" / "numbers" / "m-val.json").write_text(json.dumps(RECORD))
+    block = "<!-- numbers:{0}:begin -->old<!-- numbers:{0}:end -->"
+    names = ("m-val", "m-val.sequences", "m-val.JF-Mean")
+    (tmp_path / "README.md").write_text("before\n" + "\n".join(block.format(name) for name in names) + "\nafter\n")
+    return tmp_path
+
+
+def test_numbers_are_rendered_once_and_for_all(small_repository):
+    numbers = load_script("update_numbers")
+    assert "states other figures" in numbers.check(small_repository)[0]
+    assert numbers.render(small_repository) == [small_repository / "README.md"]
+    text = (small_repository / "README.md").read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n")
+    assert "-->0.812<!--" in text and "| cow | 0.900 |" in text and "| 2.00 M | 10.0 |" in text
+    assert numbers.render(small_repository) == []
+    assert numbers.check(small_repository) == []
+
+
+def test_numbers_of_other_weights_are_refused(small_repository):
+    numbers = load_script("update_numbers")
+    numbers.render(small_repository)
+    (small_repository / "hub_cards" / "m" / "model.safetensors").write_bytes(b"retrained")
+    assert "other weights" in numbers.check(small_repository)[0]
+    (small_repository / "hub_cards" / "m" / "model.safetensors").unlink()
+    assert "missing" in numbers.check(small_repository)[0]
+
+
+def test_numbers_not_measured_are_said_to_be_so(small_repository):
+    numbers = load_script("update_numbers")
+    (small_repository / "docs" / "numbers" / "m-val.json").unlink()
+    numbers.render(small_repository)
+    text = (small_repository / "README.md").read_text()
+    assert text.count("Not measured yet") == 3 and "0.812" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- numbers:m-val:begin -->", "do not pair up"),
+        ("<!-- numbers:m-val:begin -->1<!-- numbers:m-vel:end -->", "do not pair up"),
+        ("<!-- numbers:m-val.speed:begin -->1<!-- numbers:m-val.speed:end -->", "has no field 'speed'"),
+    ],
+)
+def test_wrong_markers_are_named(small_repository, text, message):
+    (small_repository / "README.md").write_text(text)
+    assert message in load_script("update_numbers").check(small_repository)[0]

@@ -1,0 +1,239 @@
+# Copyright 2025 The hf_deformvos authors. Licensed under the Apache License, Version 2.0.
+"""Frames and masks decoded once into flat uint8 arrays on disk, so that a training step reads plain memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+VOID = 255
+_CACHE_FORMAT = 2
+
+
+@dataclass(frozen=True)
+class FrameEntry:
+    """One frame on disk: which sequence it belongs to, its image and its mask."""
+
+    sequence: str
+    image: Path
+    mask: Path
+
+
+@dataclass(frozen=True)
+class ObjectBox:
+    """Where one object lies in one stored frame; `box` is (x0, y0, x1, y1), exclusive at the end, in pixels."""
+
+    object_id: int
+    area: int
+    box: tuple[int, int, int, int]
+
+
+def default_cache_dir() -> Path:
+    """Folder of decoded data sets: `$DEFORMVOS_CACHE`, else `~/.cache/deformvos`."""
+    return Path(os.environ.get("DEFORMVOS_CACHE", Path.home() / ".cache" / "deformvos"))
+
+
+def read_mask(path: Path, merge: bool) -> np.ndarray:
+    """
+    Reads a mask file as ids.
+
+    Args:
+        path (`Path`): A palette, grayscale, boolean or RGB image. RGB files must hold gray values.
+        merge (`bool`): Whether every value above 0 (1, 255 or an instance id) is one and the same object. Otherwise
+            values are ids and 255 is void.
+
+    Returns:
+        `np.ndarray` of shape `(height, width)`, uint8.
+    """
+    with Image.open(path) as image:
+        mask = np.asarray(image if image.mode in ("P", "L", "1") else image.convert("L"))
+    # Files hold 0/1 as often as 0/255: a threshold at 127 would turn the former into empty masks.
+    return (mask > 0).astype(np.uint8) if merge else np.ascontiguousarray(mask, dtype=np.uint8)
+
+
+def _read_entry(entry: FrameEntry, short_side: int, merge: bool, upscale: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes and resizes one frame and its mask."""
+    with Image.open(entry.image) as handle:
+        image = handle.convert("RGB")
+    mask = read_mask(entry.mask, merge)
+    scale = short_side / min(image.size)
+    if scale < 1 or (upscale and scale > 1):
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.LANCZOS)
+    if mask.shape[::-1] != image.size:
+        mask = np.asarray(Image.fromarray(mask).resize(image.size, Image.NEAREST))
+    return np.asarray(image), mask
+
+
+def find_objects(mask: np.ndarray) -> list[ObjectBox]:
+    """Area and bounding box of every id of a `(height, width)` mask, void and background left out."""
+    objects = []
+    for object_id in np.flatnonzero(np.bincount(mask.ravel(), minlength=256)):
+        if object_id in (0, VOID):
+            continue
+        where = mask == object_id
+        rows, columns = np.flatnonzero(where.any(1)), np.flatnonzero(where.any(0))
+        box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+        objects.append(ObjectBox(int(object_id), int(where.sum()), box))
+    return objects
+
+
+class FrameStore:
+    """
+    Decoded frames of one data set, of any sizes, in two flat memory-mapped files.
+
+    Frames of a sequence are neighbours; a set of still images is a store whose sequences have one frame each. Use
+    [`FrameStore.build`] to make one (or to open it from the cache).
+
+    Args:
+        folder (`Path`): A folder that [`FrameStore.build`] wrote.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        meta = json.loads((self.folder / "meta.json").read_text())
+        self.name: str = meta["name"]
+        self.frame_names: list[str] = meta["frames"]
+        self.sizes: list[tuple[int, int]] = [tuple(size) for size in meta["sizes"]]
+        self.sequences: dict[str, range] = {name: range(*span) for name, span in meta["sequences"].items()}
+        self.objects: list[list[ObjectBox]] = [
+            [ObjectBox(item[0], item[1], tuple(item[2:])) for item in frame] for frame in meta["objects"]
+        ]
+        self._offsets = np.concatenate([[0], np.cumsum([h * w for h, w in self.sizes])])
+        self._images = np.memmap(self.folder / "images.bin", dtype=np.uint8, mode="r")
+        self._masks = np.memmap(self.folder / "masks.bin", dtype=np.uint8, mode="r")
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def image(self, index: int) -> np.ndarray:
+        """Frame `index` as a `(height, width, 3)` uint8 view."""
+        start, stop = int(self._offsets[index]), int(self._offsets[index + 1])
+        return self._images[3 * start : 3 * stop].reshape(*self.sizes[index], 3)
+
+    def mask(self, index: int) -> np.ndarray:
+        """Mask of frame `index` as a `(height, width)` uint8 view of ids, 255 = void."""
+        start, stop = int(self._offsets[index]), int(self._offsets[index + 1])
+        return self._masks[start:stop].reshape(self.sizes[index])
+
+    @classmethod
+    def build(
+        cls,
+        name: str,
+        entries: Iterable[FrameEntry],
+        short_side: int,
+        merge: bool,
+        cache_dir: str | Path | None = None,
+        upscale: bool = False,
+        on_error: str = "skip",
+        show_progress_bar: bool = True,
+    ) -> FrameStore:
+        """
+        Decodes frames into a new store, or opens the one that an earlier call left in the cache.
+
+        Args:
+            name (`str`): Name of the data set, used in messages and in the cache folder's name.
+            entries (iterable of [`FrameEntry`]): Frames; those of a sequence follow one another in time order.
+            short_side (`int`): Short side of stored frames in pixels; smaller frames stay as they are.
+            merge (`bool`): Whether all mask values above 0 are one object.
+            cache_dir (`str` or `Path`, *optional*): Where stores live; default [`default_cache_dir`].
+            upscale (`bool`): Whether frames smaller than `short_side` are enlarged.
+            on_error (`str`): `"skip"` reports and leaves out files that cannot be read, `"raise"` refuses them.
+            show_progress_bar (`bool`): Whether decoding shows a bar.
+
+        Raises:
+            ValueError: If there are no readable frames, `on_error` is unknown, or a file is broken and `on_error` is
+                `"raise"`.
+        """
+        entries = list(entries)
+        if on_error not in ("skip", "raise"):
+            raise ValueError(f'`on_error` must be "skip" or "raise", got {on_error!r}.')
+        if not entries:
+            raise ValueError(f"Data set {name!r} has no frame with a mask; check its folder.")
+        parent = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+        folder = parent / f"{name}-{short_side}-{_fingerprint(entries, short_side, merge, upscale)}"
+        if not (folder / "meta.json").is_file():
+            parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=parent))
+            try:
+                decoded = _decode(entries, short_side, merge, upscale, on_error, name, show_progress_bar)
+                _write(temporary, name, decoded)
+                if not folder.exists():
+                    os.replace(temporary, folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        return cls(folder)
+
+
+def _fingerprint(entries: list[FrameEntry], short_side: int, merge: bool, upscale: bool) -> str:
+    """Hash of everything that decides a store's content."""
+    digest = hashlib.sha256(json.dumps([_CACHE_FORMAT, short_side, merge, upscale]).encode())
+    for entry in entries:
+        for path in (entry.image, entry.mask):
+            status = path.stat()
+            digest.update(f"{entry.sequence}|{path.resolve()}|{status.st_size}|{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _decode(
+    entries: list[FrameEntry], short_side: int, merge: bool, upscale: bool, on_error: str, name: str, show: bool
+) -> Iterator[tuple[FrameEntry, np.ndarray, np.ndarray]]:
+    """Yields decoded frames in order, read ahead by a few threads; broken files are reported by name."""
+    workers = min(4, os.cpu_count() or 1)
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(total=len(entries), desc=f"decoding {name}", disable=not show) as bar,
+    ):
+        pending: deque = deque()
+        upcoming = iter(entries)
+        while True:
+            while len(pending) < 4 * workers and (entry := next(upcoming, None)) is not None:
+                pending.append((entry, pool.submit(_read_entry, entry, short_side, merge, upscale)))
+            if not pending:
+                return
+            entry, future = pending.popleft()
+            try:
+                image, mask = future.result()
+            except (OSError, ValueError, SyntaxError) as error:
+                message = f"Data set {name!r}: cannot read {entry.image} with {entry.mask}: {error}"
+                if on_error == "raise":
+                    raise ValueError(message) from error
+                logger.warning(f"{message}; the frame is left out.")
+            else:
+                yield entry, image, mask
+            bar.update()
+
+
+def _write(folder: Path, name: str, decoded: Iterator[tuple[FrameEntry, np.ndarray, np.ndarray]]) -> None:
+    """Writes the flat arrays first and the description last."""
+    meta: dict = {"name": name, "frames": [], "sizes": [], "objects": [], "sequences": {}}
+    with open(folder / "images.bin", "wb") as images, open(folder / "masks.bin", "wb") as masks:
+        for entry, image, mask in decoded:
+            images.write(image.tobytes())
+            masks.write(mask.tobytes())
+            index = len(meta["sizes"])
+            span = meta["sequences"].setdefault(entry.sequence, [index, index])
+            if span[1] != index:
+                raise ValueError(f"Data set {name!r}: the frames of sequence {entry.sequence!r} must be neighbours.")
+            span[1] = index + 1
+            meta["frames"].append(entry.image.stem)
+            meta["sizes"].append(mask.shape)
+            meta["objects"].append([[item.object_id, item.area, *item.box] for item in find_objects(mask)])
+    if not meta["sizes"]:
+        raise ValueError(f"Data set {name!r}: no frame could be read.")
+    (folder / "meta.json").write_text(json.dumps(meta))

@@ -1,0 +1,502 @@
+# Copyright 2025 The hf_deformvos authors. Licensed under the Apache License, Version 2.0.
+"""Batched augmentation on the device: warps, colour, pasted objects and look-alikes, all from one generator."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .clips import RawBatch
+from .store import VOID
+
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """
+    Strengths of the augmentation; lengths are fractions of the output's height.
+
+    Args:
+        flip (`float`): Probability of a mirrored clip.
+        rotation (`float`): Largest rotation of a whole clip, in degrees.
+        scale (`float`): Largest zoom of a whole clip, as log ratio.
+        shear (`float`): Largest shear of a whole clip.
+        motion (`float`): Strength of the made-up motion of still images, 1 = up to 8 % of the height a frame.
+        video_motion (`float`): The same for videos, which move by themselves.
+        elastic (`float`): Strength of the smooth non-rigid deformation of still images.
+        color (`float`): Strength of brightness, contrast, saturation and hue changes.
+        grayscale (`float`): Probability of a gray clip.
+        blur (`float`): Probability of a blurred clip (out of focus or motion).
+        paste (`float`): Probability of pasting another sample's object as one more labelled object.
+        distractor (`float`): Probability of pasting an unlabelled look-alike: a copy of the clip's object or another
+            sample's object.
+        occluder (`float`): Probability of a moving unlabelled blob of another image in front of everything.
+        min_area (`int`): Pixels an object must show in the first frame to count as given.
+    """
+
+    flip: float = 0.5
+    rotation: float = 10.0
+    scale: float = 0.1
+    shear: float = 0.06
+    motion: float = 1.0
+    video_motion: float = 0.12
+    elastic: float = 1.0
+    color: float = 1.0
+    grayscale: float = 0.05
+    blur: float = 0.15
+    paste: float = 0.4
+    distractor: float = 0.4
+    occluder: float = 0.1
+    min_area: int = 60
+
+    def __post_init__(self):
+        for name in ("flip", "grayscale", "blur", "paste", "distractor", "occluder"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"`{name}` must be a probability between 0 and 1, got {getattr(self, name)}.")
+
+
+@dataclass
+class ClipBatch:
+    """
+    Augmented clips.
+
+    Args:
+        pixel_values (`torch.Tensor` of shape `(batch, frames, 3, height, width)`): Normalized with ImageNet's mean and
+            standard deviation, float32.
+        id_masks (`torch.Tensor` of shape `(batch, frames, height, width)`): int64; 0 background, 1..N objects, 255 void.
+        object_valid (`torch.Tensor` of shape `(batch, num_objects)`): bool; which objects the first frame shows.
+    """
+
+    pixel_values: torch.Tensor
+    id_masks: torch.Tensor
+    object_valid: torch.Tensor
+
+    @property
+    def num_objects(self) -> int:
+        """N: most objects of any sample."""
+        return self.object_valid.shape[1]
+
+
+def _uniform(generator: torch.Generator, *shape: int, low: float = -1.0, high: float = 1.0) -> torch.Tensor:
+    """Uniform draws; always on the CPU, so that a seed means the same clip on every device."""
+    return torch.rand(*shape, generator=generator) * (high - low) + low
+
+
+def augment_clips(
+    raw: RawBatch, config: AugmentConfig, generator: torch.Generator, device: torch.device | str = "cpu"
+) -> ClipBatch:
+    """
+    Turns raw clips into training clips.
+
+    Args:
+        raw ([`RawBatch`]): From [`ClipSampler`].
+        config ([`AugmentConfig`]): Strengths.
+        generator (`torch.Generator`): A CPU generator: the only source of randomness.
+        device (`torch.device` or `str`): Where the work is done and the result lies.
+
+    Returns:
+        [`ClipBatch`]. Every sample keeps at least one valid object wherever its raw clip shows one.
+    """
+    size = raw.size
+    frames = raw.frames.to(device, non_blocking=True)
+    masks = raw.masks.to(device, non_blocking=True)
+    matrix, shift = draw_motion(raw.is_static, masks.shape[1], tuple(masks.shape[2:]), size, config, generator)
+    bend = _elastic(raw.is_static, masks.shape[1], size, config, generator)
+    bend = None if bend is None else bend.to(device)
+    grid = motion_grid(matrix.to(device), shift.to(device), size, tuple(masks.shape[2:]), bend)
+    images, ids = warp_clips(frames, masks, grid)
+    lost = _first_areas(ids).amax(1) < config.min_area
+    if lost.any():
+        # The whole canvas, unwarped: the sampler put the object near its centre.
+        still = identity_grid(size, device).expand(int(lost.sum()), masks.shape[1], -1, -1, -1)
+        images[lost], ids[lost] = warp_clips(frames[lost], masks[lost], still)
+    images = jitter_colors(images, config, generator)
+    _paste_all(images, ids, config, generator)
+    _blur(images, config, generator)
+    return ClipBatch(images, *compact_ids(ids, config.min_area))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Geometry
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def identity_grid(size: tuple[int, int], device: torch.device | str) -> torch.Tensor:
+    """Sampling grid `(height, width, 2)` of (x, y) in [-1, 1], `align_corners=True`, that stretches source to output."""
+    y = torch.linspace(-1, 1, size[0], device=device)
+    x = torch.linspace(-1, 1, size[1], device=device)
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
+
+
+def _matrices(angle: torch.Tensor, log_scale: torch.Tensor, shear: torch.Tensor, stretch: torch.Tensor):
+    """2x2 matrices from rotation (radians), log zoom, shear and log aspect change, all of one shape `(...)`."""
+    cos, sin = angle.cos(), angle.sin()
+    rotation = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
+    one, zero = torch.ones_like(shear), torch.zeros_like(shear)
+    shearing = torch.stack([torch.stack([one, shear], -1), torch.stack([zero, one], -1)], -2)
+    scaling = torch.stack([(log_scale + stretch).exp(), (log_scale - stretch).exp()], -1)
+    return rotation @ shearing * scaling.unsqueeze(-2)
+
+
+def _random_walk(generator: torch.Generator, batch: int, frames: int, channels: int) -> torch.Tensor:
+    """Smooth walks `(batch, frames, channels)` from 0: a constant velocity and changes of it, about 1 a frame."""
+    velocity = _uniform(generator, batch, 1, channels)
+    noise = _uniform(generator, batch, max(frames - 1, 1), channels) * 0.5
+    steps = velocity + noise[:, : frames - 1]
+    return torch.cat([torch.zeros(batch, 1, channels), steps.cumsum(1)], dim=1)
+
+
+def draw_motion(
+    is_static: torch.Tensor,
+    frames: int,
+    canvas: tuple[int, int],
+    size: tuple[int, int],
+    config: AugmentConfig,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Draws the affine part of the warp: one pose a clip and a walk over its frames.
+
+    Returns:
+        `tuple(torch.Tensor)`: matrices `(batch, frames, 2, 2)` and shifts `(batch, frames, 2)`, which take output
+        pixels, counted from the centre, to canvas pixels counted from the canvas centre.
+    """
+    batch = is_static.shape[0]
+    pose = _uniform(generator, batch, 6)
+    flip = torch.rand(batch, generator=generator) < config.flip
+    walk = _random_walk(generator, batch, frames, 6)
+    # Most motion in real video is small between neighbours; a few clips move fast.
+    speed = torch.exp(_uniform(generator, batch, low=math.log(0.15), high=math.log(1.6)))
+    strength = torch.where(is_static, config.motion * speed, torch.full((batch,), config.video_motion))
+    walk = walk * strength.view(batch, 1, 1)
+    angle = (pose[:, :1] * config.rotation + walk[..., 0] * 5.0) * math.pi / 180
+    # The canvas is larger than the output by a margin that still images, which move further, need most.
+    margin = math.log(canvas[0] / size[0])
+    wide = torch.where(is_static, 0.3, 0.6).unsqueeze(1) * margin
+    log_scale = wide + pose[:, 1:2] * config.scale + walk[..., 1] * 0.05
+    shear = pose[:, 2:3] * config.shear + walk[..., 2] * 0.03
+    stretch = pose[:, 3:4] * 0.5 * config.scale + walk[..., 3] * 0.02
+    matrix = _matrices(angle, log_scale, shear, stretch)
+    matrix[flip, :, :, 0] *= -1
+    free = torch.tensor([(canvas[1] - size[1]) / 2, (canvas[0] - size[0]) / 2]).clamp_min(0)
+    shift = pose[:, None, 4:6] * free * 0.8 + walk[..., 4:6] * 0.08 * size[0]
+    # Centred over time, so that a walk leaves the canvas as late as possible.
+    shift = shift - (shift[:, -1:] - shift[:, :1]) / 2
+    return matrix, shift
+
+
+def motion_grid(
+    matrix: torch.Tensor,
+    shift: torch.Tensor,
+    size: tuple[int, int],
+    source: tuple[int, int],
+    bend: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Sampling grid of affine maps given in pixels.
+
+    Args:
+        matrix (`torch.Tensor` of shape `(..., 2, 2)`): Output pixels (x, y) from the centre -> source pixels.
+        shift (`torch.Tensor` of shape `(..., 2)`): Source pixels (x, y) that the output's centre shows, from the
+            source's centre.
+        size (`tuple[int, int]`): Output height and width.
+        source (`tuple[int, int]`): Source height and width.
+        bend (`torch.Tensor` of shape `(..., 2, coarse_height, coarse_width)`, *optional*): Displacements in grid units.
+
+    Returns:
+        `torch.Tensor` of shape `(..., height, width, 2)`, for `grid_sample(align_corners=True)`.
+    """
+    lead = matrix.shape[:-2]
+    half_in = matrix.new_tensor([max(source[1] - 1, 1) / 2, max(source[0] - 1, 1) / 2])
+    matrix = (matrix / half_in.unsqueeze(-1)).reshape(-1, 2, 2, 1, 1)
+    shift = (shift / half_in).reshape(-1, 2, 1, 1)
+    x = torch.arange(size[1], device=matrix.device) - (size[1] - 1) / 2
+    y = torch.arange(size[0], device=matrix.device) - (size[0] - 1) / 2
+    # Coordinates are planes, each the sum of a row and a column: far cheaper than a product for every pixel.
+    planes = matrix[:, :, 0] * x + (matrix[:, :, 1] * y.unsqueeze(-1) + shift)
+    if bend is not None:
+        planes += F.interpolate(bend.flatten(0, -4), size=size, mode="bilinear", align_corners=True)
+    return planes.permute(0, 2, 3, 1).unflatten(0, lead)
+
+
+def _coarse_size(size: tuple[int, int]) -> tuple[int, int]:
+    """An eighth of a size, corners included."""
+    return max(2, (size[0] - 1) // 8 + 1), max(2, (size[1] - 1) // 8 + 1)
+
+
+def _elastic(
+    is_static: torch.Tensor, frames: int, size: tuple[int, int], config: AugmentConfig, generator: torch.Generator
+) -> torch.Tensor | None:
+    """Smooth displacements `(batch, frames, 2, coarse_height, coarse_width)`, in grid units, growing over frames."""
+    batch = is_static.shape[0]
+    velocity = torch.randn(batch, frames, 2, 4, 6, generator=generator)
+    amount = torch.exp(_uniform(generator, batch, low=math.log(0.1), high=0.0)) * config.elastic * is_static
+    if not is_static.any() or config.elastic == 0:
+        return None
+    velocity = velocity[:, :1] * 0.7 + velocity * 0.3
+    velocity[:, 0] = 0
+    walk = velocity.cumsum(1) * 0.035 * amount.view(batch, 1, 1, 1, 1)
+    walk[:, :, 0] *= size[0] / size[1]
+    smooth = F.interpolate(walk.flatten(0, 1), size=_coarse_size(size), mode="bicubic", align_corners=True)
+    return smooth.unflatten(0, (batch, frames))
+
+
+def warp_clips(frames: torch.Tensor, masks: torch.Tensor, grid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Samples clips at a grid: images bilinearly and mirrored outside, masks at the nearest pixel and void outside.
+
+    Args:
+        frames (`torch.Tensor` of shape `(batch, frames, height, width, 3)`): uint8.
+        masks (`torch.Tensor` of shape `(batch, frames, height, width)`): uint8 ids.
+        grid (`torch.Tensor` of shape `(batch, frames, out_height, out_width, 2)`): (x, y) in [-1, 1].
+
+    Returns:
+        `tuple(torch.Tensor)`: images `(batch, frames, 3, out_height, out_width)` float32 in [0, 255], and ids
+        `(batch, frames, out_height, out_width)` uint8.
+    """
+    batch, count = masks.shape[:2]
+    flat = grid.flatten(0, 1)
+    source = frames.flatten(0, 1).permute(0, 3, 1, 2).float()
+    images = F.grid_sample(source, flat, mode="bilinear", padding_mode="reflection", align_corners=True)
+    # Ids are shifted by one so that the zeros of the padding mean "outside".
+    shifted = F.grid_sample(
+        masks.flatten(0, 1).unsqueeze(1).float() + 1, flat, mode="nearest", padding_mode="zeros", align_corners=True
+    )
+    ids = torch.where(shifted == 0, float(VOID), shifted - 1).to(torch.uint8)
+    return images.unflatten(0, (batch, count)), ids[:, 0].unflatten(0, (batch, count))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Colour
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def jitter_colors(images: torch.Tensor, config: AugmentConfig, generator: torch.Generator) -> torch.Tensor:
+    """
+    Changes brightness, contrast, saturation and hue, a clip at a time with small changes between its frames, and
+    normalizes with ImageNet's mean and standard deviation.
+
+    Args:
+        images (`torch.Tensor` of shape `(batch, frames, 3, height, width)`): In [0, 255].
+        config ([`AugmentConfig`]): `color` and `grayscale` are used.
+        generator (`torch.Generator`): A CPU generator.
+    """
+    batch, count = images.shape[:2]
+    draw = _uniform(generator, batch, 1, 5) + 0.08 * _uniform(generator, batch, count, 5)
+    draw = draw * config.color
+    gray = torch.rand(batch, generator=generator) < config.grayscale
+    brightness, contrast = 0.12 * draw[..., 0], torch.exp(0.3 * draw[..., 1])
+    saturation = torch.exp(0.4 * draw[..., 2])
+    saturation[gray] = 0.0
+    matrix = contrast[..., None, None] * (_hue_rotation(0.25 * draw[..., 3]) @ _saturation(saturation))
+    matrix = matrix.to(images.device)
+    # Contrast turns about the clip's mean colour.
+    mean = images[..., ::4, ::4].mean(dim=(1, 3, 4)).view(batch, 1, 3, 1) / 255
+    bias = mean - matrix @ mean + brightness.to(images.device)[..., None, None]
+    center, spread = (torch.tensor(v, device=images.device).view(3, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    matrix, bias = matrix / (255 * spread), (bias - center) / spread
+    out = torch.baddbmm(bias.flatten(0, 1), matrix.flatten(0, 1), images.flatten(0, 1).flatten(2))
+    for channel in range(3):
+        black = -IMAGENET_MEAN[channel] / IMAGENET_STD[channel]
+        white = black + 1 / IMAGENET_STD[channel]
+        out[:, channel].clamp_(black, white)
+    return out.view_as(images)
+
+
+def _saturation(factor: torch.Tensor) -> torch.Tensor:
+    """Colour matrices `(..., 3, 3)` that scale the distance to gray."""
+    luma = torch.tensor([0.299, 0.587, 0.114]).expand(3, 3)
+    factor = factor[..., None, None]
+    return factor * torch.eye(3) + (1 - factor) * luma
+
+
+def _hue_rotation(angle: torch.Tensor) -> torch.Tensor:
+    """Colour matrices `(..., 3, 3)` that turn colours about the gray axis by `angle` radians."""
+    cos, sin = angle.cos()[..., None, None], angle.sin()[..., None, None]
+    third = torch.full((3, 3), 1 / 3)
+    cross = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
+    return cos * torch.eye(3) + (1 - cos) * third + sin * cross
+
+
+def _blur(images: torch.Tensor, config: AugmentConfig, generator: torch.Generator) -> None:
+    """Blurs some clips in place, with a line (motion) or a disc-like kernel."""
+    batch, planes = images.shape[0], images.shape[1] * images.shape[2]
+    chosen = torch.rand(batch, generator=generator) < config.blur
+    angle = _uniform(generator, batch, low=0.0, high=math.pi)
+    length = _uniform(generator, batch, low=0.7, high=2.5)
+    round_ = torch.rand(batch, generator=generator) < 0.5
+    y, x = torch.meshgrid(torch.arange(-3.0, 4.0), torch.arange(-3.0, 4.0), indexing="ij")
+    for index in torch.nonzero(chosen).flatten().tolist():
+        along = x * angle[index].cos() + y * angle[index].sin()
+        across = y * angle[index].cos() - x * angle[index].sin()
+        narrow = 0.5 * length[index] if round_[index] else torch.tensor(0.35)
+        wide = 0.5 * length[index] if round_[index] else length[index]
+        kernel = torch.exp(-0.5 * ((along / wide) ** 2 + (across / narrow) ** 2))
+        kernel = (kernel / kernel.sum()).to(images.device).expand(planes, 1, 7, 7)
+        padded = F.pad(images[index].flatten(0, 1), (3, 3, 3, 3), mode="reflect").unsqueeze(0)
+        images[index] = F.conv2d(padded, kernel, groups=planes).view_as(images[index])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Pasted objects
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _first_areas(ids: torch.Tensor, max_id: int = 10) -> torch.Tensor:
+    """Pixels `(batch, max_id)` that ids 1..max_id cover in the first frame."""
+    offset = torch.arange(ids.shape[0], device=ids.device, dtype=torch.int32).view(-1, 1, 1) * 256
+    counts = torch.bincount((ids[:, 0].int() + offset).flatten(), minlength=256 * ids.shape[0])
+    return counts.view(-1, 256)[:, 1 : max_id + 1]
+
+
+@dataclass
+class _Layer:
+    """A moving cut-out: colours `(frames, 3, H, W)` and opacity `(frames, 1, H, W)`."""
+
+    colors: torch.Tensor
+    alpha: torch.Tensor
+
+
+def _draw_layer(
+    images: torch.Tensor, ids: torch.Tensor, number: int, scale: tuple[float, float], generator: torch.Generator
+) -> _Layer:
+    """
+    Cuts object `number` out of a clip and moves it along a path of its own.
+
+    Args:
+        images (`torch.Tensor` of shape `(frames, 3, height, width)`): The donor clip.
+        ids (`torch.Tensor` of shape `(frames, height, width)`): Its ids.
+        number (`int`): Which object; it must show in the first frame.
+        scale (`tuple[float, float]`): Range of its enlargement.
+        generator (`torch.Generator`): A CPU generator.
+    """
+    count, _, height, width = images.shape
+    draw = _uniform(generator, 6)
+    mirrored, reverse = torch.rand(2, generator=generator).lt(0.5).tolist()
+    walk = _random_walk(generator, 1, count, 5)[0] * _uniform(generator, 1, low=0.1, high=1.0)
+    if reverse and (ids[-1] == number).any():
+        images, ids = images.flip(0), ids.flip(0)
+    alpha = (ids == number).float().unsqueeze(1)
+    columns, rows = (alpha[0, 0].sum(axis).cpu() for axis in (0, 1))
+    center = torch.stack([(part * torch.arange(len(part))).sum() / part.sum() for part in (columns, rows)])
+    center -= torch.tensor([(width - 1) / 2, (height - 1) / 2])
+    # Out of sight beyond the border of its own frame, so a cut-off object is not enlarged further.
+    zoom = math.log(scale[0]) + (draw[0] + 1) / 2 * (math.log(scale[1]) - math.log(scale[0]))
+    matrix = _matrices(
+        draw[1] * 0.15 + walk[:, 0] * 0.06,
+        -(zoom + walk[:, 1] * 0.04),
+        draw[2] * 0.1 + walk[:, 2] * 0.02,
+        draw[3] * 0.1,
+    )
+    if mirrored:
+        matrix[:, :, 0] *= -1
+    target = torch.stack([draw[4] * 0.42 * width, draw[5] * 0.38 * height]) + walk[:, 3:5] * 0.06 * height
+    shift = center - (matrix @ target.unsqueeze(-1)).squeeze(-1)
+    grid = motion_grid(matrix.to(images.device), shift.to(images.device), (height, width), (height, width))
+    source = torch.cat([images, alpha], dim=1)
+    moved = F.grid_sample(source, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+    # A soft edge one pixel wide, drawn inwards so that the donor's background does not show.
+    return _Layer(moved[:, :3], ((moved[:, 3:] - 0.4) / 0.5).clamp_(0, 1))
+
+
+def _composite(
+    images: torch.Tensor, ids: torch.Tensor, layer: _Layer, number: int, in_front: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws a layer onto one clip; `number` is the id it gets, 0 = unlabelled."""
+    alpha = layer.alpha
+    if in_front:
+        alpha_ids = alpha[:, 0] > 0.5
+        in_front = _first_hidden(ids, alpha_ids) <= 0.6
+    if not in_front:
+        objects = (ids > 0) & (ids != VOID)
+        alpha = alpha * ~objects.unsqueeze(1)
+        alpha_ids = alpha[:, 0] > 0.5
+    return torch.lerp(images, layer.colors, alpha), ids.masked_fill(alpha_ids, number)
+
+
+def _first_hidden(ids: torch.Tensor, cover: torch.Tensor) -> float:
+    """Largest share of any object of the first frame that `cover` hides."""
+    areas = torch.bincount(ids[0].flatten().int(), minlength=256).float()
+    hidden = torch.bincount(ids[0][cover[0]].flatten().int(), minlength=256).float()
+    share = (hidden / areas.clamp_min(1))[1:VOID]
+    return float(share.max())
+
+
+def _blob_layer(images: torch.Tensor, generator: torch.Generator) -> _Layer:
+    """A smooth random blob of a donor clip that crosses the picture."""
+    count, _, height, width = images.shape
+    coarse = torch.randn(1, 1, 5, 7, generator=generator)
+    field = F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=True)[0, 0]
+    grid = identity_grid((height, width), "cpu") * torch.tensor([width / height, 1.0])
+    radius = _uniform(generator, 1, low=0.12, high=0.4)
+    field = (field * 0.25 + 1 - grid.square().sum(-1) / radius**2) > 0
+    ids = field.to(torch.uint8).expand(count, -1, -1).to(images.device)
+    return _draw_layer(images, ids, 1, (0.6, 1.5), generator)
+
+
+def _pick(candidates: list[int], generator: torch.Generator) -> int:
+    """One of the candidates."""
+    return candidates[int(torch.randint(len(candidates), (1,), generator=generator))]
+
+
+def _paste_all(images: torch.Tensor, ids: torch.Tensor, config: AugmentConfig, generator: torch.Generator) -> None:
+    """Adds labelled objects, look-alikes and occluders in place; the clips of the batch are the donors."""
+    batch = images.shape[0]
+    draws = torch.rand(batch, 5, generator=generator).tolist()
+    donors = torch.randint(1, max(batch, 2), (batch, 3), generator=generator)
+    areas = _first_areas(ids).cpu()
+    highest = torch.where(ids == VOID, 0, ids).flatten(1).amax(1).tolist()
+    present = [[n + 1 for n in range(areas.shape[1]) if areas[b, n] >= 3 * config.min_area] for b in range(batch)]
+    changed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for index in range(batch):
+        donor = [(index + int(step)) % batch for step in donors[index]]
+        paste, distractor, occluder, copy, front = draws[index]
+        clip, labels = original = images[index], ids[index]
+        if distractor < config.distractor:
+            source = index if copy < 0.6 or not present[donor[0]] else donor[0]
+            if present[source]:
+                layer = _draw_layer(
+                    images[source], ids[source], _pick(present[source], generator), (0.7, 1.2), generator
+                )
+                clip, labels = _composite(clip, labels, layer, 0, in_front=front < 0.4)
+        if paste < config.paste and present[donor[1]] and donor[1] != index:
+            source = donor[1]
+            layer = _draw_layer(images[source], ids[source], _pick(present[source], generator), (0.5, 1.2), generator)
+            taken = highest[index] + 1
+            clip, labels = _composite(clip, labels, layer, taken, in_front=front > 0.3)
+        if occluder < config.occluder:
+            layer = _blob_layer(images[donor[2]], generator)
+            clip, labels = _composite(clip, labels, layer, 0, in_front=True)
+        if clip is not original[0]:
+            changed[index] = (clip, labels)
+    # Only now: until here every clip may still be a donor.
+    for index, (clip, labels) in changed.items():
+        images[index], ids[index] = clip, labels
+
+
+def compact_ids(ids: torch.Tensor, min_area: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Renumbers the objects that the first frame shows to 1..n; the others become background, as nobody asked for them.
+
+    Args:
+        ids (`torch.Tensor` of shape `(batch, frames, height, width)`): uint8.
+        min_area (`int`): Pixels an object must show in the first frame.
+
+    Returns:
+        `tuple(torch.Tensor)`: new ids (int64), and validity `(batch, num_objects)` with num_objects >= 1.
+    """
+    keep = _first_areas(ids) >= min_area
+    numbers = keep.cumsum(1) * keep
+    table = torch.zeros(ids.shape[0], 256, dtype=torch.long, device=ids.device)
+    table[:, 1 : 1 + keep.shape[1]] = numbers
+    table[:, VOID] = VOID
+    renumbered = table.gather(1, ids.flatten(1).long()).view_as(ids)
+    counts = keep.sum(1)
+    slots = torch.arange(max(1, int(counts.max())), device=ids.device)
+    return renumbered, slots < counts.unsqueeze(1)

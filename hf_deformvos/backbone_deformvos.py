@@ -1,0 +1,133 @@
+"""Image encoders of DeformVOS: MobileNetV2 with torchvision's parameter names, and a ViT with a detail stem."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Dinov2Backbone, Dinov2Config
+
+from .configuration_deformvos import DeformVosConfig
+
+
+# (expansion, channels, blocks, stride) of each stage: MobileNetV2 (CVPR 2018), table 2.
+MOBILENET_STAGES = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+STRIDE4_BLOCK, STRIDE8_BLOCK, STRIDE16_BLOCK, STRIDE32_BLOCK = 3, 6, 13, 17
+FROZEN_BLOCKS = 4
+
+
+def conv_norm(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+    """Convolution without bias, padded so that 16k+1 pixels stay aligned with their tokens, and batch norm."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return [conv, nn.BatchNorm2d(out_channels)]
+
+
+class InvertedResidual(nn.Module):
+    """MobileNetV2's block; the nesting of `conv` gives torchvision's parameter names."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int):
+        super().__init__()
+        width = in_channels * expansion
+        layers: list[nn.Module] = []
+        if expansion != 1:
+            layers.append(nn.Sequential(*conv_norm(in_channels, width, 1), nn.ReLU6()))
+        layers.append(nn.Sequential(*conv_norm(width, width, 3, stride, groups=width), nn.ReLU6()))
+        layers += conv_norm(width, out_channels, 1)
+        self.conv = nn.Sequential(*layers)
+        self.has_shortcut = stride == 1 and in_channels == out_channels
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + self.conv(hidden) if self.has_shortcut else self.conv(hidden)
+
+
+class MobileNetV2Backbone(nn.Module):
+    """
+    MobileNetV2 without classifier. Features at strides 4, 8 and 16, and 32 where `config.backbone_tail` asks for it.
+
+    Batch norm never leaves evaluation mode and is never trained: clips are too few for its statistics.
+    """
+
+    def __init__(self, config: DeformVosConfig):
+        super().__init__()
+        layers: list[nn.Module] = [nn.Sequential(*conv_norm(3, 32, 3, stride=2), nn.ReLU6())]
+        channels = 32
+        for expansion, width, blocks, stride in MOBILENET_STAGES:
+            for block in range(blocks):
+                layers.append(InvertedResidual(channels, width, stride if block == 0 else 1, expansion))
+                channels = width
+        last = STRIDE32_BLOCK if config.backbone_tail else STRIDE16_BLOCK
+        self.features = nn.ModuleList(layers[: last + 1])
+        self.channels = (24, 32, 96, 320) if config.backbone_tail else (24, 32, 96)
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`(batch_size, 3, 16h+1, 16w+1)` to the features at strides 4, 8, 16 (and 32)."""
+        outputs = []
+        hidden = pixel_values
+        for index, block in enumerate(self.features):
+            hidden = block(hidden)
+            if index in (STRIDE4_BLOCK, STRIDE8_BLOCK, STRIDE16_BLOCK, STRIDE32_BLOCK):
+                outputs.append(hidden)
+        return tuple(outputs)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    def freeze_pretrained(self):
+        """Stop the gradient of batch norm everywhere and of the first blocks, whose edges need no retraining."""
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.requires_grad_(False)
+        self.features[:FROZEN_BLOCKS].requires_grad_(False)
+
+
+class VisionTransformerBackbone(nn.Module):
+    """
+    A ViT in DINOv2 layout for the stride-16 tokens, and a small convolutional stem for strides 4 and 8.
+
+    The token grid is MobileNetV2's: the frame is padded by half a stride so that the centre of patch (i, j) falls on
+    pixel (16i, 16j), then resized from 16 pixels a token to the ViT's patch size.
+    """
+
+    def __init__(self, config: DeformVosConfig):
+        super().__init__()
+        vit_config = Dinov2Config(**(config.backbone_config or {}))
+        self.patch_size = vit_config.patch_size
+        self.vit = Dinov2Backbone(vit_config)
+        half, quarter, eighth = config.detail_sizes
+        self.stem = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(inputs, outputs, 3, 2, 1), nn.GroupNorm(8, outputs), nn.GELU())
+            for inputs, outputs in ((3, half), (half, quarter), (quarter, eighth))
+        )
+        self.channels = (quarter, eighth, vit_config.hidden_size)
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`(batch_size, 3, 16h+1, 16w+1)` to the features at strides 4, 8, 16."""
+        details = [self.stem[0](pixel_values)]
+        details += [self.stem[1](details[0])]
+        details += [self.stem[2](details[1])]
+        padded = F.pad(pixel_values, (8, 7, 8, 7), mode="replicate")
+        size = [side // 16 * self.patch_size for side in padded.shape[-2:]]
+        resized = F.interpolate(padded, size=size, mode="bilinear", align_corners=False, antialias=True)
+        return details[1], details[2], self.vit(resized).feature_maps[-1]
+
+    def freeze_pretrained(self):
+        """Stop the gradient of the ViT; the stem is trained from scratch."""
+        self.vit.requires_grad_(False)
+
+
+def build_backbone(config: DeformVosConfig) -> nn.Module:
+    """The encoder that `config.backbone` names."""
+    return MobileNetV2Backbone(config) if config.backbone == "mobilenet_v2" else VisionTransformerBackbone(config)
+
+
+__all__ = ["MobileNetV2Backbone", "VisionTransformerBackbone", "build_backbone"]

@@ -1,0 +1,108 @@
+"""Frames to what the network takes, without torchvision: sides of the form 16k+1, ImageNet's mean and deviation."""
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling, SizeDict
+
+
+STRIDE = 16
+
+
+def network_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
+    """
+    Size at which the network sees a frame: the short side at most `size.shortest_edge`, the long side at most
+    `size.longest_edge`, never enlarged but to reach two tokens, each side rounded to 16k+1 pixels.
+    """
+    scale = min(1.0, size.shortest_edge / min(height, width))
+    if size.longest_edge:
+        scale = min(scale, size.longest_edge / max(height, width))
+    return tuple(max(1, round((side * scale - 1) / STRIDE)) * STRIDE + 1 for side in (height, width))
+
+
+class DeformVosImageProcessor(PilBackend):
+    """
+    Prepares video frames for [`DeformVosModel`].
+
+    Args:
+        size (`dict`, defaults to `{"shortest_edge": 480, "longest_edge": 1536}`):
+            Upper bounds of the short and of the long side, in pixels; see [`network_size`].
+        resample (`int`, defaults to 2, bilinear): Pillow's resampling filter.
+    """
+
+    model_input_names = ["pixel_values", "original_sizes"]
+    resample = PILImageResampling.BILINEAR
+    size = {"shortest_edge": 480, "longest_edge": 1536}
+    default_to_square = False
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    do_resize = True
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    do_convert_rgb = True
+
+    def _preprocess(
+        self,
+        images: list[np.ndarray],
+        do_resize: bool,
+        size: SizeDict,
+        resample: int,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: tuple[float, ...],
+        image_std: tuple[float, ...],
+        return_tensors: str | None,
+        **kwargs,
+    ) -> BatchFeature:
+        if do_resize and not size.shortest_edge:
+            raise ValueError(f'`size` needs "shortest_edge", the bound of the short side in pixels; got {size}.')
+        mean = torch.tensor(image_mean if do_normalize else (0.0, 0.0, 0.0)).view(3, 1, 1)
+        deviation = torch.tensor(image_std if do_normalize else (1.0, 1.0, 1.0)).view(3, 1, 1)
+        scale = (rescale_factor if do_rescale else 1.0) / deviation
+        pixel_values, original_sizes = [], []
+        for index, image in enumerate(images):
+            frame = _to_uint8_rgb(image, index)
+            original_sizes.append(frame.shape[:2])
+            if do_resize:
+                height, width = network_size(*frame.shape[:2], size)
+                frame = np.asarray(Image.fromarray(frame).resize((width, height), resample))
+            # One pass over the pixels: uint8 * scale - mean / deviation.
+            pixels = torch.from_numpy(np.array(frame)).permute(2, 0, 1)
+            pixel_values.append(torch.addcmul(-mean / deviation, pixels, scale))
+        if len({tuple(pixels.shape) for pixels in pixel_values}) == 1:
+            pixel_values = torch.stack(pixel_values)
+        data = {"pixel_values": pixel_values, "original_sizes": [tuple(size) for size in original_sizes]}
+        return BatchFeature(data=data, tensor_type=return_tensors, skip_tensor_conversion=["original_sizes"])
+
+
+def _to_uint8_rgb(image: np.ndarray, index: int) -> np.ndarray:
+    """
+    `(channels, height, width)` of any usual kind to `(height, width, 3)` uint8; alpha is dropped.
+
+    Raises:
+        ValueError: for NaN, other channel counts, empty frames, or integers beyond 0..255.
+    """
+    channels, height, width = image.shape
+    if channels not in (1, 3, 4) or height == 0 or width == 0:
+        raise ValueError(f"Frame {index} must have 1, 3 or 4 channels and at least one pixel, got {image.shape}.")
+    if image.dtype.kind == "f":
+        if not np.isfinite(image).all():
+            raise ValueError(f"Frame {index} holds NaN or infinite values.")
+        unit = image.min() >= 0 and image.max() <= 1
+        image = np.rint(image * 255 if unit else image)
+    if image.dtype != np.uint8:
+        if image.min() < 0 or image.max() > 255:
+            raise ValueError(
+                f"Frame {index} has values from {image.min()} to {image.max()}; they must lie in 0..255, or in 0..1 "
+                "for floating-point frames."
+            )
+        image = image.astype(np.uint8)
+    frame = np.moveaxis(image[:3], 0, -1)
+    return np.ascontiguousarray(np.broadcast_to(frame, (height, width, 3)))
+
+
+__all__ = ["DeformVosImageProcessor", "network_size"]

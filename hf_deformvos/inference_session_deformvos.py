@@ -1,0 +1,487 @@
+"""State of one video being segmented: frames come in, masks go out, and nothing grows with the length of the video."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers.utils import logging
+
+from .memory_deformvos import MemoryBank, MemoryFrame
+from .modeling_deformvos import DeformVosModel, DeformVosVideoOutput, ImageFeatures, Segmentation
+
+
+logger = logging.get_logger(__name__)
+
+# Logit of a mask that the user gave: e^-10 is below what half precision tells from certainty.
+GIVEN_LOGIT = 10.0
+
+
+class FrameSource:
+    """
+    Where a session's frames come from. Invariant: at most one decoded frame is held.
+
+    A list, array, tensor or other sequence can be read in any order; an iterator only forwards, each frame once.
+    """
+
+    def __init__(self, video: Sequence | Iterable, prepare: Callable):
+        self._prepare = prepare
+        self.is_seekable = hasattr(video, "__getitem__") and hasattr(video, "__len__")
+        self._video = video if self.is_seekable else iter(video)
+        self._next_idx = 0
+        self._held: tuple[int, torch.Tensor, tuple[int, int]] | None = None
+
+    @property
+    def num_frames(self) -> int | None:
+        """Number of frames, `None` where only the end of the stream will tell."""
+        return len(self._video) if self.is_seekable else None
+
+    def read(self, frame_idx: int) -> tuple[torch.Tensor, tuple[int, int]]:
+        """
+        Prepared frame `(1, 3, height, width)` and its original (height, width).
+
+        Raises:
+            IndexError: past the end of the video.
+            ValueError: if a stream is asked for a frame that has passed.
+        """
+        if self._held is None or self._held[0] != frame_idx:
+            self._held = (frame_idx, *self._prepare(self._fetch(frame_idx)))
+        return self._held[1:]
+
+    def _fetch(self, frame_idx: int):
+        if self.is_seekable:
+            if not 0 <= frame_idx < len(self._video):
+                raise IndexError(f"frame {frame_idx} of a video of {len(self._video)} frames")
+            return self._video[frame_idx]
+        if frame_idx < self._next_idx:
+            raise ValueError(
+                f"Frame {frame_idx} has passed: this video is a stream that is read forwards, and frame "
+                f"{self._next_idx} is next. Give the video as a list or array of frames to go back."
+            )
+        for frame in self._video:
+            self._next_idx += 1
+            if self._next_idx > frame_idx:
+                return frame
+        raise IndexError(f"the stream ended after {self._next_idx} frames")
+
+
+class ObjectTable:
+    """
+    The caller's object ids and their places. Invariant: an id keeps its place for as long as it is tracked; a place is
+    a group and a slot of the identity bank, and ids are never used as tensor indices.
+    """
+
+    def __init__(self, max_objects: int):
+        self.max_objects = max_objects
+        self._places: dict[int, int] = {}
+
+    @property
+    def object_ids(self) -> list[int]:
+        return list(self._places)
+
+    @property
+    def num_groups(self) -> int:
+        return max((place // self.max_objects + 1 for place in self._places.values()), default=0)
+
+    def add(self, obj_id: int):
+        """Give a new id the lowest free place."""
+        if obj_id not in self._places:
+            taken = set(self._places.values())
+            self._places[obj_id] = next(place for place in range(len(taken) + 1) if place not in taken)
+
+    def remove(self, obj_id: int) -> tuple[int, int]:
+        """Free the id's place and return it."""
+        return divmod(self._places.pop(obj_id), self.max_objects)
+
+    def place(self, obj_id: int) -> tuple[int, int]:
+        """(group, slot) of an id."""
+        return divmod(self._places[obj_id], self.max_objects)
+
+    def __contains__(self, obj_id: int) -> bool:
+        return obj_id in self._places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def valid(self, num_groups: int, device: torch.device) -> torch.Tensor:
+        """Which channels (background, slots) of each group are in use, `(G, 1 + max_objects)` bool."""
+        valid = torch.zeros(num_groups, 1 + self.max_objects, dtype=torch.bool)
+        valid[:, 0] = True
+        for place in self._places.values():
+            group, slot = divmod(place, self.max_objects)
+            valid[group, 1 + slot] = True
+        return valid.to(device)
+
+
+class DeformVosInferenceSession:
+    r"""
+    State of one video's segmentation. Made by [`DeformVosProcessor.init_video_session`]; any number of sessions can
+    run on one model.
+
+    Args:
+        video (sequence or iterable of frames, *optional*):
+            Frames to be read as they are needed; none when frames are handed over one by one.
+        prepare (`Callable`, *optional*):
+            Turns a frame into (`(1, 3, height, width)` tensor, (original height, original width)).
+        inference_device (`torch.device` or `str`, *optional*): device to compute on; the model's by default.
+        dtype (`torch.dtype` or `str`, *optional*):
+            Precision to compute in; the model's by default. A lower one than the weights' is reached by autocast.
+        memory_interval (`int`, *optional*): overrides the model's `config.memory_interval`.
+        long_term_slots (`int`, *optional*): overrides the model's `config.long_term_slots`.
+    """
+
+    def __init__(
+        self,
+        video: Sequence | Iterable | None = None,
+        prepare: Callable | None = None,
+        inference_device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        memory_interval: int | None = None,
+        long_term_slots: int | None = None,
+    ):
+        for name, value in (("memory_interval", memory_interval), ("long_term_slots", long_term_slots)):
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        self.source = None if video is None else FrameSource(video, prepare)
+        self.inference_device = inference_device
+        self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        self.memory_interval = memory_interval
+        self.long_term_slots = long_term_slots
+        self.reset_tracking_data()
+
+    def reset_tracking_data(self):
+        """Forget objects, inputs and memory; keep the video, so that other objects can be followed through it."""
+        self._inputs: dict[int, dict[int, torch.Tensor]] = {}
+        self._restart()
+
+    def reset_inference_session(self):
+        """Forget everything, the video included."""
+        self.source = None
+        self.reset_tracking_data()
+
+    def _restart(self):
+        self._objects: ObjectTable | None = None
+        self._memory: MemoryBank | None = None
+        self._frame_size: tuple[int, int] | None = None
+        self._origin: int | None = None
+        self._last_frame_idx: int | None = None
+
+    @property
+    def num_frames(self) -> int | None:
+        """Number of frames of the video, where that is known."""
+        return None if self.source is None else self.source.num_frames
+
+    @property
+    def object_ids(self) -> list[int]:
+        """Ids followed so far, then those whose first frame is still to come."""
+        ids = [] if self._objects is None else self._objects.object_ids
+        for frame_idx in sorted(self._inputs):
+            ids += [obj_id for obj_id in self._inputs[frame_idx] if obj_id not in ids]
+        return ids
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors that the session holds."""
+        held = sum(mask.nbytes for masks in self._inputs.values() for mask in masks.values())
+        return held + (0 if self._memory is None else self._memory.num_bytes)
+
+    def add_masks(self, frame_idx: int, masks: dict[int, torch.Tensor]):
+        """
+        Give objects' masks on a frame: of new objects, or corrections of known ones.
+
+        Args:
+            frame_idx (`int`): the frame, which must not have passed if the video is a stream.
+            masks (`dict[int, torch.Tensor]`): object id to `(height, width)` bool, any size, of one frame.
+
+        Raises:
+            ValueError: if an object that the session does not know yet has an empty mask, or `frame_idx` is negative.
+        """
+        if frame_idx < 0:
+            raise ValueError(f"`frame_idx` must not be negative, got {frame_idx}.")
+        known = set(self.object_ids)
+        for obj_id, mask in masks.items():
+            if obj_id not in known and not bool(mask.any()):
+                raise ValueError(
+                    f"The mask of object {obj_id} on frame {frame_idx} is empty. A new object needs at least one pixel; "
+                    "an empty mask is only a correction of an object that is already followed."
+                )
+        self._inputs.setdefault(frame_idx, {}).update(masks)
+
+    def remove_object(self, obj_id: int):
+        """
+        Stop following an object and take it out of the memory; its pixels become background.
+
+        Raises:
+            ValueError: if the id is unknown.
+        """
+        if obj_id not in self.object_ids:
+            raise ValueError(f"Object {obj_id} is unknown to this session, which follows {self.object_ids or 'none'}.")
+        for frame_idx in list(self._inputs):
+            self._inputs[frame_idx].pop(obj_id, None)
+            if not self._inputs[frame_idx]:
+                del self._inputs[frame_idx]
+        if self._objects is not None and obj_id in self._objects:
+            group, slot = self._objects.remove(obj_id)
+            self._rewrite_memory(lambda masks: _take_out(masks, group, slot))
+            if not len(self._objects):
+                self._restart()
+
+    # One frame
+
+    @torch.no_grad()
+    def step(
+        self,
+        model: DeformVosModel,
+        frame: torch.Tensor | None = None,
+        frame_idx: int | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> DeformVosVideoOutput:
+        """
+        Segment one frame and remember it. See [`DeformVosModel.forward`].
+
+        Raises:
+            ValueError: if no object is known at this frame, the frame's size differs from the frames' before it, it
+                holds NaN or infinite values, or a stream is asked to go back.
+        """
+        if frame_idx is None:
+            frame_idx = self._next_frame_idx()
+        pixel_values = self._pixel_values(model, frame, frame_idx)
+        given = self._inputs.get(frame_idx, {})
+        if not given and (self._memory is None or self._memory.is_empty):
+            first = f"the first mask is on frame {min(self._inputs)}" if self._inputs else "no mask has been given"
+            raise ValueError(
+                f"No object is known at frame {frame_idx}: {first}. Call `processor.add_inputs_to_inference_session` "
+                "with `frame_idx` of this frame, or an earlier one, first."
+            )
+        self._prepare_memory(model, frame_idx)
+        with self._autocast(model):
+            features = model.encode_images(pixel_values)
+            segmentation = None if self._memory.is_empty else model.segment(features, self._memory)
+            masks = self._masks(model, features, segmentation, given)
+            self._remember(model, features, segmentation, masks, frame_idx, bool(given))
+        self._last_frame_idx = frame_idx
+        if self.source is None or not self.source.is_seekable:
+            self._inputs.pop(frame_idx, None)
+        return self._output(segmentation, given, frame_idx, output_attentions, output_hidden_states)
+
+    def _next_frame_idx(self) -> int:
+        if self._last_frame_idx is not None:
+            return self._last_frame_idx + 1
+        return min(self._inputs, default=0)
+
+    def _pixel_values(self, model: DeformVosModel, frame: torch.Tensor | None, frame_idx: int) -> torch.Tensor:
+        if frame is None:
+            if self.source is None:
+                raise ValueError("This session has no video: hand each frame over as `frame=pixel_values`.")
+            frame, _ = self.source.read(frame_idx)
+        pixel_values = frame if frame.dim() == 4 else frame.unsqueeze(0)
+        if pixel_values.shape[0] != 1:
+            raise ValueError(f"`frame` must be one frame (3, height, width), got {tuple(frame.shape)}.")
+        size = tuple(pixel_values.shape[-2:])
+        if self._frame_size not in (None, size):
+            raise ValueError(
+                f"Frame {frame_idx} is {size[0]}x{size[1]} (height x width) at network resolution, the frames before it "
+                f"{self._frame_size[0]}x{self._frame_size[1]}. A session takes frames of one size: start another."
+            )
+        if not torch.isfinite(pixel_values).all():
+            raise ValueError(f"Frame {frame_idx} holds NaN or infinite values.")
+        self._frame_size = size
+        return pixel_values.to(self.inference_device or model.device, model.dtype)
+
+    def _autocast(self, model: DeformVosModel):
+        lower = self.dtype is not None and self.dtype != model.dtype
+        device = torch.device(self.inference_device or model.device)
+        return torch.autocast(device.type, self.dtype if lower else torch.bfloat16, enabled=lower)
+
+    def _prepare_memory(self, model: DeformVosModel, frame_idx: int):
+        """Make room for the objects that this frame brings; the first frame makes the memory itself."""
+        if self._memory is None:
+            self._memory = MemoryBank(self.long_term_slots or model.config.long_term_slots)
+            self._objects = ObjectTable(model.config.max_objects)
+            self._origin = frame_idx
+        for obj_id in self._inputs.get(frame_idx, {}):
+            self._objects.add(obj_id)
+        groups = self._objects.num_groups
+        if groups > 1 and not model.config.object_independent:
+            raise ValueError(
+                f"This model's attention depends on the objects (`object_independent=False`): it follows at most "
+                f"{model.config.max_objects} of them, got {len(self._objects)}."
+            )
+        self._model = model
+        self._rewrite_memory(lambda masks: _add_groups(masks, groups), only_if=lambda masks: len(masks) < groups)
+
+    def _rewrite_memory(self, change: Callable, only_if: Callable = lambda masks: True):
+        """Give every remembered frame other masks; a frame that is held twice is rewritten once."""
+        if self._memory is None or self._memory.is_empty:
+            return
+        rewritten = {
+            id(frame): self._model.rewrite(frame, change(frame.masks)) if only_if(frame.masks) else frame
+            for frame in self._memory.frames()
+        }
+        self._memory.long_term = [rewritten[id(frame)] for frame in self._memory.long_term]
+        self._memory.previous = rewritten[id(self._memory.previous)]
+
+    def _masks(
+        self,
+        model: DeformVosModel,
+        features: ImageFeatures,
+        segmentation: Segmentation | None,
+        given: dict[int, torch.Tensor],
+    ) -> torch.Tensor:
+        """What is remembered of the frame, `(G, 1 + max_objects, 4h-3, 4w-3)`: predictions, overruled by inputs."""
+        groups, device = self._objects.num_groups, features.tokens.device
+        if segmentation is not None:
+            masks = model.logits_to_masks(segmentation.logits, self._objects.valid(groups, device))
+        else:
+            masks = torch.zeros(groups, 1 + self._objects.max_objects, *features.stride4.shape[-2:], device=device)
+            masks[:, 0] = 1.0
+        if not given:
+            return masks
+        network = torch.stack([_resize_nearest(mask, self._frame_size) for mask in given.values()])
+        shares = F.avg_pool2d(network[None].float(), 5, 4, 2, count_include_pad=False)[0].to(device)
+        masks = masks * (1.0 - shares.sum(0).clamp(max=1.0))
+        for share, obj_id in zip(shares, given, strict=True):
+            group, slot = self._objects.place(obj_id)
+            masks[group, 1 + slot] = share
+        masks[:, 0] = (1.0 - masks[:, 1:].sum(1)).clamp_min(0.0)
+        return masks
+
+    def _remember(self, model, features, segmentation, masks, frame_idx: int, is_reference: bool):
+        if segmentation is None:
+            frame = model.remember_reference(features, masks, frame_idx)
+        else:
+            frame = model.remember(segmentation.projections, masks, frame_idx, is_reference)
+        interval = self.memory_interval or model.config.memory_interval
+        self._memory.write(frame, to_long_term=(frame_idx - self._origin) % interval == 0)
+
+    def _output(self, segmentation, given, frame_idx: int, output_attentions: bool, output_hidden_states: bool):
+        object_ids = self._objects.object_ids
+        device = self._memory.previous.masks.device
+        pred_masks = torch.empty(len(object_ids), 1, *self._frame_size, device=device)
+        if segmentation is not None:
+            places = [self._objects.place(obj_id) for obj_id in object_ids]
+            groups, slots = (torch.tensor(axis, device=device) for axis in zip(*places, strict=True))
+            logits = segmentation.logits.float()
+            margins = (logits[groups, 1 + slots] - logits[groups, 0]).unsqueeze(1)
+            pred_masks = F.interpolate(margins, size=self._frame_size, mode="bilinear", align_corners=True)
+        if given:
+            self._overrule(pred_masks, object_ids, given)
+        return DeformVosVideoOutput(
+            frame_idx=frame_idx,
+            object_ids=object_ids,
+            pred_masks=pred_masks,
+            attentions=segmentation.attentions if segmentation and output_attentions else None,
+            sampled_locations=segmentation.locations if segmentation and output_attentions else None,
+            hidden_states=segmentation.hidden_states if segmentation and output_hidden_states else None,
+        )
+
+    def _overrule(self, pred_masks: torch.Tensor, object_ids: list[int], given: dict[int, torch.Tensor]):
+        """Put the given masks into the output, and everything else off the pixels that they claim."""
+        network = {obj_id: _resize_nearest(mask, self._frame_size) for obj_id, mask in given.items()}
+        claimed = torch.stack(list(network.values())).any(0).to(pred_masks.device)
+        for index, obj_id in enumerate(object_ids):
+            if obj_id in network:
+                pred_masks[index, 0] = (network[obj_id].to(pred_masks.device).float() - 0.5) * 2 * GIVEN_LOGIT
+            else:
+                pred_masks[index, 0].masked_fill_(claimed, -GIVEN_LOGIT)
+
+    # A whole video
+
+    def frames_to_visit(
+        self, model: DeformVosModel, start_frame_idx: int | None, max_frame_num_to_track: int | None, reverse: bool
+    ) -> Iterator[int]:
+        """
+        Positions that a propagation visits, its memory made ready: inputs on frames behind the start are loaded as
+        references, those ahead join when they are reached.
+
+        Raises:
+            ValueError: see [`DeformVosModel.propagate_in_video_iterator`].
+        """
+        self._check_propagation(start_frame_idx, max_frame_num_to_track, reverse)
+        seekable = self.source.is_seekable
+        if start_frame_idx is None:
+            start_frame_idx = min(self._inputs) if seekable or self._last_frame_idx is None else self._next_frame_idx()
+        if seekable:
+            self._restart()
+            self._load_references(model, start_frame_idx, reverse)
+        direction = -1 if reverse else 1
+        limit = float("inf") if max_frame_num_to_track is None else max_frame_num_to_track
+        end = -1 if reverse else (self.num_frames if self.num_frames is not None else float("inf"))
+        frame_idx, visited = start_frame_idx, 0
+        while frame_idx != end and visited <= limit:
+            try:
+                self.source.read(frame_idx)
+            except IndexError:
+                return
+            yield frame_idx
+            frame_idx, visited = frame_idx + direction, visited + 1
+
+    def _check_propagation(self, start_frame_idx, max_frame_num_to_track, reverse):
+        if self.source is None:
+            raise ValueError("This session has no video to propagate through: pass `video` to `init_video_session`.")
+        if not self._inputs and (self._memory is None or self._memory.is_empty):
+            raise ValueError("No mask has been given: call `processor.add_inputs_to_inference_session` first.")
+        if reverse and not self.source.is_seekable:
+            raise ValueError(
+                "`reverse=True` needs a video that can be read backwards; this one is a stream, such as a camera. Give "
+                "the frames as a list or array."
+            )
+        if max_frame_num_to_track is not None and max_frame_num_to_track < 0:
+            raise ValueError(f"`max_frame_num_to_track` must not be negative, got {max_frame_num_to_track}.")
+        if start_frame_idx is not None and self.source.is_seekable:
+            if not 0 <= start_frame_idx < self.num_frames:
+                raise ValueError(f"`start_frame_idx` must be 0 to {self.num_frames - 1}, got {start_frame_idx}.")
+            behind = max(self._inputs) >= start_frame_idx if reverse else min(self._inputs) <= start_frame_idx
+            if not behind:
+                raise ValueError(
+                    f"No object is known at frame {start_frame_idx} in this direction: masks are on frames "
+                    f"{sorted(self._inputs)}."
+                )
+
+    @torch.no_grad()
+    def _load_references(self, model: DeformVosModel, start_frame_idx: int, reverse: bool):
+        passed = [i for i in self._inputs if (i > start_frame_idx if reverse else i < start_frame_idx)]
+        for frame_idx in sorted(passed, reverse=reverse):
+            self.step(model, frame_idx=frame_idx)
+
+
+def _resize_nearest(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """`(height, width)` bool to another size, pixel centres on pixel centres."""
+    if tuple(mask.shape) == tuple(size):
+        return mask
+    return F.interpolate(mask[None, None].float(), size=size, mode="nearest-exact")[0, 0] > 0.5
+
+
+def _take_out(masks: torch.Tensor, group: int, slot: int) -> torch.Tensor:
+    """The masks with one object's share given to the background of its group."""
+    masks = masks.clone()
+    masks[group, 0] += masks[group, 1 + slot]
+    masks[group, 1 + slot] = 0.0
+    return masks
+
+
+def _add_groups(masks: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """The masks with groups of nothing but background added, `(G', 1 + max_objects, H, W)`."""
+    empty = torch.zeros_like(masks[:1])
+    empty[:, 0] = 1.0
+    return torch.cat([masks, empty.expand(num_groups - len(masks), -1, -1, -1)])
+
+
+def as_bool_mask(mask, name: str) -> torch.Tensor:
+    """
+    One object's mask as `(height, width)` bool.
+
+    Raises:
+        ValueError: if it is not two-dimensional, or holds NaN.
+    """
+    array = mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask)
+    array = array.squeeze()
+    if array.ndim != 2:
+        raise ValueError(f"{name} must be (height, width), got {tuple(array.shape)}.")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError(f"{name} holds NaN or infinite values.")
+    return torch.from_numpy(array > 0.5 if array.dtype.kind == "f" else array != 0)
+
+
+__all__ = ["DeformVosInferenceSession"]

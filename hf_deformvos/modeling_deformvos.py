@@ -1,0 +1,548 @@
+"""DeformVOS: video object segmentation by gated deformable propagation. One class is teacher and student."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput, logging
+
+from .backbone_deformvos import MobileNetV2Backbone, VisionTransformerBackbone, build_backbone
+from .configuration_deformvos import DeformVosConfig
+from .memory_deformvos import LayerMemory, MemoryBank, MemoryFrame
+from .propagation_deformvos import (
+    ChannelNorm,
+    GatedDeformablePropagationLayer,
+    GatedOutput,
+    GridDeformableAttention,
+    LayerProjection,
+    OffsetNetwork,
+    QueryDeformableAttention,
+)
+
+
+logger = logging.get_logger(__name__)
+
+# Of a logit that must not win a softmax; representable in float16.
+MASKED_LOGIT = -1e4
+VOID = 255
+
+
+class ImageFeatures(NamedTuple):
+    """
+    What the encoder makes of a frame; the same for every object.
+
+    Attributes:
+        tokens (`torch.Tensor` of shape `(B, hidden_size, h, w)`): stride 16.
+        stride8, stride4 (`torch.Tensor` of shapes `(B, C, 2h-1, 2w-1)` and `(B, C, 4h-3, 4w-3)`): for the decoder.
+    """
+
+    tokens: torch.Tensor
+    stride8: torch.Tensor
+    stride4: torch.Tensor
+
+
+class Segmentation(NamedTuple):
+    """
+    One frame segmented from memory.
+
+    Attributes:
+        logits (`torch.Tensor` of shape `(B * G, 1 + max_objects, 4h-3, 4w-3)`): background and slots at stride 4.
+        projections (`tuple[LayerProjection, ...]`): each layer's view of the frame, from which its memory is written.
+        attentions, locations (tuples of `dict[str, torch.Tensor]`, an entry a layer): maps and points of
+            `"long_term"`, `"short_term"` and `"self"` propagation.
+        hidden_states (tuple of pairs of `torch.Tensor`): I and M after each layer.
+    """
+
+    logits: torch.Tensor
+    projections: tuple[LayerProjection, ...]
+    attentions: tuple[dict[str, torch.Tensor], ...]
+    locations: tuple[dict[str, torch.Tensor], ...]
+    hidden_states: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+
+@dataclass
+class DeformVosOutput(ModelOutput):
+    """
+    Output of [`DeformVosModel`] for a batch of clips. The first frame has its masks given; the others are predicted.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(batch_size, num_frames - 1, 1 + num_objects, 4h-3, 4w-3)`):
+            Scores of background and objects at stride 4, `align_corners=True`; absent objects are masked.
+        attentions (`tuple`, an entry a predicted frame, *optional*, returned when `output_attentions=True`):
+            An entry a layer: a dict of `"long_term"` and `"self"` maps `(batch_size, n, keys)` and the
+            `"short_term"` map `(batch_size, n, n)`, rows queries.
+        sampled_locations (`tuple`, *optional*, returned when `output_attentions=True`):
+            The same nesting: points (y, x) in tokens, `(batch_size, points, 2)` where queries share them and
+            `(batch_size, n, points, 2)` where each has its own.
+        hidden_states (`tuple`, *optional*, returned when `output_hidden_states=True`):
+            An entry a predicted frame: an entry a layer: the pair (I, M).
+    """
+
+    logits: torch.FloatTensor | None = None
+    attentions: tuple | None = None
+    sampled_locations: tuple | None = None
+    hidden_states: tuple | None = None
+
+
+@dataclass
+class DeformVosVideoOutput(ModelOutput):
+    """
+    Output of [`DeformVosModel`] for one frame of an inference session.
+
+    Args:
+        frame_idx (`int`): position of the frame in the video.
+        object_ids (`list[int]`): the caller's ids, in the order of `pred_masks`.
+        pred_masks (`torch.FloatTensor` of shape `(num_objects, 1, height, width)`):
+            Logit of each object minus logit of the background, at the network's input resolution.
+        attentions, sampled_locations, hidden_states (`tuple`, *optional*):
+            As in [`DeformVosOutput`], an entry a layer.
+    """
+
+    frame_idx: int | None = None
+    object_ids: list[int] | None = None
+    pred_masks: torch.FloatTensor | None = None
+    attentions: tuple | None = None
+    sampled_locations: tuple | None = None
+    hidden_states: tuple | None = None
+
+
+class IdentityBank(nn.Module):
+    """Masks of background and objects at stride 4 to an embedding a token, `(B * G, hidden_size, h, w)` (AOT)."""
+
+    def __init__(self, config: DeformVosConfig):
+        super().__init__()
+        self.embed = nn.Conv2d(1 + config.max_objects, config.hidden_size, 7, 4, 3)
+        self.norm = ChannelNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, masks: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.embed(masks))
+
+
+class DecoderBlock(nn.Module):
+    """Convolution, group norm, ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, eps: float, kernel: int = 3):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=False)
+        self.norm = nn.GroupNorm(8, out_channels, eps=eps)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.norm(self.conv(hidden)), inplace=True)
+
+
+class MaskDecoder(nn.Module):
+    """Feature pyramid over [I | M] from stride 16 to logits at stride 4."""
+
+    def __init__(self, config: DeformVosConfig, stride4_channels: int, stride8_channels: int):
+        super().__init__()
+        coarse, middle, fine = config.decoder_sizes
+        self.stride16 = DecoderBlock(2 * config.hidden_size, coarse, config.layer_norm_eps, kernel=1)
+        self.lateral8 = nn.Conv2d(stride8_channels, coarse, 1)
+        self.stride8 = DecoderBlock(coarse, middle, config.layer_norm_eps)
+        self.lateral4 = nn.Conv2d(stride4_channels, middle, 1)
+        self.stride4 = DecoderBlock(middle, fine, config.layer_norm_eps)
+        self.classifier = nn.Conv2d(fine, 1 + config.max_objects, 1)
+
+    def forward(self, visual: torch.Tensor, identification: torch.Tensor, features: ImageFeatures) -> torch.Tensor:
+        """I `(B, C, h, w)` and M `(B * G, C, h, w)` to logits `(B * G, 1 + max_objects, 4h-3, 4w-3)`."""
+        num_groups = identification.shape[0] // visual.shape[0]
+        hidden = self.stride16(torch.cat([_per_group(visual, num_groups), identification], dim=1))
+        hidden = self.stride8(_upsample_onto(hidden, self.lateral8(features.stride8), num_groups))
+        hidden = self.stride4(_upsample_onto(hidden, self.lateral4(features.stride4), num_groups))
+        return self.classifier(hidden)
+
+
+def _per_group(hidden: torch.Tensor, num_groups: int) -> torch.Tensor:
+    return hidden if num_groups == 1 else hidden.repeat_interleave(num_groups, dim=0)
+
+
+def _upsample_onto(hidden: torch.Tensor, lateral: torch.Tensor, num_groups: int) -> torch.Tensor:
+    lateral = _per_group(lateral, num_groups)
+    return lateral + F.interpolate(hidden, size=lateral.shape[-2:], mode="bilinear", align_corners=True)
+
+
+class TokenProjection(nn.Module):
+    """Backbone features to tokens; a stride-32 map is brought exactly onto the stride-16 grid and added."""
+
+    def __init__(self, config: DeformVosConfig, channels: tuple[int, ...]):
+        super().__init__()
+        self.stride16 = nn.Conv2d(channels[0], config.hidden_size, 1)
+        self.stride32 = nn.Conv2d(channels[1], config.hidden_size, 1) if len(channels) > 1 else None
+
+    def forward(self, stride16: torch.Tensor, stride32: torch.Tensor | None = None) -> torch.Tensor:
+        tokens = self.stride16(stride16)
+        if self.stride32 is None:
+            return tokens
+        coarse = self.stride32(stride32)
+        # Token j of stride 16 lies at j / 2 here: 2n - 1 exact positions, and one repeated at the end of an even side.
+        size = [2 * side - 1 for side in coarse.shape[-2:]]
+        coarse = F.interpolate(coarse, size=size, mode="bilinear", align_corners=True)
+        for axis in (-2, -1):
+            if coarse.shape[axis] < tokens.shape[axis]:
+                coarse = torch.cat([coarse, coarse.narrow(axis, coarse.shape[axis] - 1, 1)], dim=axis)
+        return tokens + coarse
+
+
+class DeformVosPreTrainedModel(PreTrainedModel):
+    """Weights' initialisation and what the library needs to know of the architecture."""
+
+    config_class = DeformVosConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("video",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GatedDeformablePropagationLayer", "MobileNetV2Backbone", "VisionTransformerBackbone"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, nn.Conv2d):
+            init.kaiming_normal_(module.weight, nonlinearity="linear")
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+            if isinstance(module, nn.BatchNorm2d):
+                init.zeros_(module.running_mean)
+                init.ones_(module.running_var)
+                init.zeros_(module.num_batches_tracked)
+        elif isinstance(module, OffsetNetwork):
+            init.zeros_(module.offset.weight)
+            init.zeros_(module.offset.bias)
+        elif isinstance(module, QueryDeformableAttention):
+            init.zeros_(module.point_bias)
+        elif isinstance(module, GridDeformableAttention) and module.distance_decay is not None:
+            init.constant_(module.distance_decay, -2.0)
+        elif isinstance(module, GatedOutput):
+            # The identity: what attention reads reaches the projection unblurred from the first step on.
+            init.dirac_(module.visual_depthwise.weight, groups=module.visual_depthwise.groups)
+            init.dirac_(module.id_depthwise.weight, groups=module.id_depthwise.groups)
+        elif isinstance(module, VisionTransformerBackbone):
+            module.vit._init_weights(module.vit)
+        elif isinstance(module, IdentityBank):
+            init.normal_(module.embed.weight, std=self.config.initializer_range)
+
+
+class DeformVosModel(DeformVosPreTrainedModel):
+    """
+    Video object segmentation: masks of some objects in one frame of a video, propagated to its other frames.
+
+    The model has two entrances that share one memory read: a differentiable pass over a batch of clips
+    (`model(pixel_values, id_masks, num_objects)`) and a streaming step of an inference session
+    (`model(inference_session=session, frame=pixel_values)`).
+    """
+
+    def __init__(self, config: DeformVosConfig):
+        super().__init__(config)
+        self.backbone = build_backbone(config)
+        stride4, stride8, *token_channels = self.backbone.channels
+        self.token_projection = TokenProjection(config, tuple(token_channels))
+        self.identity_bank = IdentityBank(config)
+        self.layers = nn.ModuleList(GatedDeformablePropagationLayer(config, i) for i in range(config.num_hidden_layers))
+        self.visual_norm = ChannelNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.id_norm = ChannelNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = MaskDecoder(config, stride4, stride8)
+        self.post_init()
+
+    def load_backbone(self, path: str):
+        """
+        Initialise the backbone from pretrained weights.
+
+        Args:
+            path (`str`): a safetensors file; torchvision's `features.N...` names for MobileNetV2 (a classifier or blocks
+                beyond the tail are left out), `Dinov2Backbone`'s for a ViT.
+
+        Raises:
+            ValueError: if the file lacks weights that the backbone has, naming them.
+        """
+        module = self.backbone if isinstance(self.backbone, MobileNetV2Backbone) else self.backbone.vit
+        available = load_file(path)
+        wanted = module.state_dict()
+        missing = [
+            name
+            for name, tensor in wanted.items()
+            if not name.endswith("num_batches_tracked")
+            and (name not in available or available[name].shape != tensor.shape)
+        ]
+        if missing:
+            raise ValueError(
+                f"{path} does not fit a {self.config.backbone} backbone: {len(missing)} weights are missing or of "
+                f"another shape, among them {', '.join(missing[:3])}."
+            )
+        module.load_state_dict({name: available.get(name, tensor) for name, tensor in wanted.items()})
+
+    def encode_images(self, pixel_values: torch.Tensor) -> ImageFeatures:
+        """
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, 16k+1, 16m+1)`): normalised frames.
+
+        Raises:
+            ValueError: if a side is not of the form 16k+1, or there are not three channels.
+        """
+        channels, *sides = pixel_values.shape[-3:]
+        if pixel_values.dim() != 4 or channels != 3 or any(side % 16 != 1 for side in sides):
+            raise ValueError(
+                "`pixel_values` must be (batch, 3, height, width) with sides of the form 16k+1, which the processor "
+                f"makes; got {tuple(pixel_values.shape)}."
+            )
+        stride4, stride8, *coarse = self.backbone(pixel_values.contiguous(memory_format=torch.channels_last))
+        return ImageFeatures(self.token_projection(*coarse), stride8, stride4)
+
+    def segment(self, features: ImageFeatures, memory: MemoryBank) -> Segmentation:
+        """Read the memory, propagate through all layers and decode. The one path of training and of inference."""
+        visual, identification = features.tokens, None
+        projections, attentions, locations, hidden_states = [], [], [], []
+        for index, layer in enumerate(self.layers):
+            projection = layer.project(visual, identification)
+            visual, identification, maps, points = layer(
+                visual,
+                identification,
+                projection,
+                [frame.layers[index].key for frame in memory.long_term],
+                [frame.layers[index].values for frame in memory.long_term],
+                memory.previous.layers[index].key,
+                memory.previous.layers[index].values,
+            )
+            projections.append(projection)
+            attentions.append(maps)
+            locations.append(points)
+            hidden_states.append((visual, identification))
+        logits = self.decoder(self.visual_norm(visual), self.id_norm(identification), features)
+        return Segmentation(logits, tuple(projections), tuple(attentions), tuple(locations), tuple(hidden_states))
+
+    def remember(
+        self, projections: tuple[LayerProjection, ...], masks: torch.Tensor, frame_idx: int, is_reference: bool = False
+    ) -> MemoryFrame:
+        """Write the memory of a segmented frame, its masks `(B * G, 1 + max_objects, 4h-3, 4w-3)` now known."""
+        embedding = self.identity_bank(masks.to(projections[0].key.dtype))
+        layers = tuple(
+            LayerMemory(projection.key, layer.remember(projection, embedding), projection.identification)
+            for layer, projection in zip(self.layers, projections, strict=True)
+        )
+        return MemoryFrame(frame_idx, layers, masks, is_reference)
+
+    def remember_reference(self, features: ImageFeatures, masks: torch.Tensor, frame_idx: int) -> MemoryFrame:
+        """Write the memory of a frame that is known only by its given masks: each layer reads the frame itself."""
+        embedding = self.identity_bank(masks.to(features.tokens.dtype))
+        visual, identification = features.tokens, None
+        written = []
+        for index, layer in enumerate(self.layers):
+            projection = layer.project(visual, identification)
+            values = layer.remember(projection, embedding)
+            written.append(LayerMemory(projection.key, values, projection.identification))
+            if index + 1 < len(self.layers):
+                own = (projection.key, values)
+                visual, identification, _, _ = layer(
+                    visual, identification, projection, [own[0]], [own[1]], own[0], own[1]
+                )
+        return MemoryFrame(frame_idx, tuple(written), masks, is_reference=True)
+
+    def rewrite(self, frame: MemoryFrame, masks: torch.Tensor) -> MemoryFrame:
+        """The same remembered frame with other masks, as when an object is removed."""
+        embedding = self.identity_bank(masks.to(frame.layers[0].key.dtype))
+        layers = []
+        for layer, memory in zip(self.layers, frame.layers, strict=True):
+            visual = memory.values[:, : self.config.value_size]
+            projection = LayerProjection(memory.key, visual, visual, memory.identification)
+            layers.append(LayerMemory(memory.key, layer.remember(projection, embedding), memory.identification))
+        return MemoryFrame(frame.frame_idx, tuple(layers), masks, frame.is_reference)
+
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        id_masks: torch.LongTensor | None = None,
+        num_objects: int | None = None,
+        object_valid: torch.BoolTensor | None = None,
+        object_slots: torch.LongTensor | None = None,
+        teacher_forcing: torch.BoolTensor | float = 0.0,
+        memory_interval: int | None = None,
+        inference_session=None,
+        frame: torch.FloatTensor | None = None,
+        frame_idx: int | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        **kwargs,
+    ) -> DeformVosOutput | DeformVosVideoOutput:
+        r"""
+        Segment a batch of clips (training), or one frame of a session (inference, without gradients).
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_frames, 3, height, width)`):
+                Normalised frames; sides of the form 16k+1.
+            id_masks (`torch.LongTensor` of shape `(batch_size, 1 or num_frames, height, width)`):
+                0 is background, 1 to `num_objects` are objects, 255 is void. Frames beyond the first are needed only
+                where they are teacher-forced.
+            num_objects (`int`): the most objects that a clip of the batch holds.
+            object_valid (`torch.BoolTensor` of shape `(batch_size, num_objects)`, *optional*):
+                Which objects exist in each clip; all by default.
+            object_slots (`torch.LongTensor` of shape `(batch_size, num_objects)`, *optional*):
+                Slot of the identity bank that each object takes, 0 to `max_objects - 1`; in order by default.
+            teacher_forcing (`float` or `torch.BoolTensor` of shape `(batch_size, num_frames)`):
+                Which frames enter memory with the given masks rather than with the model's own (detached) ones; a
+                number is the probability of that.
+            memory_interval (`int`, *optional*): overrides `config.memory_interval`.
+            inference_session ([`DeformVosInferenceSession`], *optional*): the session to advance by one frame.
+            frame (`torch.FloatTensor` of shape `(3, height, width)`, *optional*):
+                The next frame of a streaming session.
+            frame_idx (`int`, *optional*): position of the frame; by default the one after the last.
+            output_attentions, output_hidden_states (`bool`): see [`DeformVosOutput`].
+
+        Raises:
+            ValueError: if shapes do not fit, or neither clips nor a session are given.
+        """
+        if inference_session is not None:
+            return inference_session.step(self, frame, frame_idx, output_attentions, output_hidden_states)
+        if pixel_values is None or id_masks is None or num_objects is None:
+            raise ValueError(
+                "`forward` needs `pixel_values`, `id_masks` and `num_objects` for a batch of clips, or "
+                "`inference_session` for a video."
+            )
+        self._check_clip(pixel_values, id_masks, num_objects)
+        slots = self._slots(object_slots, pixel_values.shape[0], num_objects, pixel_values.device)
+        valid = self._valid(object_valid, slots, num_objects)
+        frames = self._roll(
+            pixel_values, id_masks, slots, valid, teacher_forcing, memory_interval or self.config.memory_interval
+        )
+        wanted = torch.cat([slots.new_zeros(len(slots), 1), slots + 1], dim=1)
+        logits = torch.stack([_pick_channels(segmentation.logits, wanted) for segmentation in frames], dim=1)
+        present = _pick_channels(valid, wanted)[:, None, :, None, None]
+        return DeformVosOutput(
+            logits=logits.masked_fill(~present, MASKED_LOGIT),
+            attentions=tuple(s.attentions for s in frames) if output_attentions else None,
+            sampled_locations=tuple(s.locations for s in frames) if output_attentions else None,
+            hidden_states=tuple(s.hidden_states for s in frames) if output_hidden_states else None,
+        )
+
+    def propagate_in_video_iterator(
+        self,
+        inference_session,
+        start_frame_idx: int | None = None,
+        max_frame_num_to_track: int | None = None,
+        reverse: bool = False,
+        show_progress_bar: bool = False,
+    ) -> Iterator[DeformVosVideoOutput]:
+        """
+        Segment a session's video frame by frame.
+
+        Args:
+            inference_session ([`DeformVosInferenceSession`]): a session that was opened with `video`.
+            start_frame_idx (`int`, *optional*): by default the earliest frame with a mask.
+            max_frame_num_to_track (`int`, *optional*): how many frames to go beyond the first.
+            reverse (`bool`, defaults to `False`): towards the beginning; the video must be seekable.
+            show_progress_bar (`bool`, defaults to `False`).
+
+        Raises:
+            ValueError: if there is no video or no mask, `reverse` is asked of a stream, or `start_frame_idx` lies
+                outside the video or before the first mask.
+        """
+        frames = inference_session.frames_to_visit(self, start_frame_idx, max_frame_num_to_track, reverse)
+        for frame_idx in tqdm(frames, desc="segment", unit="frame", disable=not show_progress_bar):
+            yield self(inference_session=inference_session, frame_idx=frame_idx)
+
+    def _roll(self, pixel_values, id_masks, slots, valid, teacher_forcing, memory_interval) -> list[Segmentation]:
+        """Segment frames 1 to T-1 of every clip, each from the memory of those before it."""
+        batch_size, num_frames = pixel_values.shape[:2]
+        forced = self._forced_frames(teacher_forcing, batch_size, num_frames, pixel_values.device)
+        encoded = self.encode_images(pixel_values.flatten(0, 1))
+        per_frame = [
+            ImageFeatures(*maps)
+            for maps in zip(*(m.unflatten(0, (batch_size, num_frames)).unbind(1) for m in encoded), strict=True)
+        ]
+        given = [self.masks_to_slots(frame_masks, slots) for frame_masks in id_masks.unbind(1)]
+        memory = MemoryBank(self.config.long_term_slots)
+        memory.write(self.remember_reference(per_frame[0], given[0], 0), to_long_term=True)
+        segmentations = []
+        for index in range(1, num_frames):
+            segmentation = self.segment(per_frame[index], memory)
+            segmentations.append(segmentation)
+            masks = self.logits_to_masks(segmentation.logits.detach(), valid)
+            if index < len(given):
+                masks = torch.where(forced[:, index, None, None, None], given[index].to(masks.dtype), masks)
+            frame = self.remember(segmentation.projections, masks, index)
+            memory.write(frame, to_long_term=index % memory_interval == 0)
+        return segmentations
+
+    def masks_to_slots(self, id_masks: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """
+        Masks to what the identity bank takes.
+
+        Args:
+            id_masks (`torch.LongTensor` of shape `(B, height, width)`): 0 background, 1 to N objects, others void.
+            slots (`torch.LongTensor` of shape `(B, N)`): the objects' slots.
+
+        Returns:
+            `torch.FloatTensor` of shape `(B, 1 + max_objects, 4h-3, 4w-3)`: shares of background and slots in the
+            5x5 pixels around each point of stride 4.
+        """
+        num_objects = slots.shape[1]
+        known = id_masks.masked_fill((id_masks < 0) | (id_masks > num_objects), 0)
+        one_hot = torch.arange(num_objects + 1, device=id_masks.device)[None, :, None, None] == known[:, None]
+        shares = F.avg_pool2d(one_hot.float(), 5, 4, 2, count_include_pad=False)
+        masks = shares.new_zeros(shares.shape[0], 1 + self.config.max_objects, *shares.shape[-2:])
+        index = torch.cat([slots.new_zeros(len(slots), 1), slots + 1], dim=1)
+        return masks.scatter(1, index[:, :, None, None].expand_as(shares), shares)
+
+    @staticmethod
+    def logits_to_masks(logits: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """Probabilities `(B * G, 1 + max_objects, H, W)` in float32 of the slots that `valid` `(B * G, ...)` holds."""
+        return torch.softmax(logits.float().masked_fill(~valid[:, :, None, None], MASKED_LOGIT), dim=1)
+
+    @staticmethod
+    def _check_clip(pixel_values: torch.Tensor, id_masks: torch.Tensor, num_objects: int):
+        if pixel_values.dim() != 5 or pixel_values.shape[1] < 2:
+            raise ValueError(
+                f"`pixel_values` must be (batch, frames >= 2, 3, height, width), got {tuple(pixel_values.shape)}."
+            )
+        fits = id_masks.dim() == 4 and id_masks.shape[0] == pixel_values.shape[0]
+        if not fits or id_masks.shape[-2:] != pixel_values.shape[-2:] or id_masks.shape[1] > pixel_values.shape[1]:
+            raise ValueError(
+                f"`id_masks` must be (batch, frames, height, width) for `pixel_values` {tuple(pixel_values.shape)}, got "
+                f"{tuple(id_masks.shape)}."
+            )
+        if num_objects < 1:
+            raise ValueError(f"`num_objects` must be at least 1, got {num_objects}.")
+
+    def _slots(self, object_slots, batch_size: int, num_objects: int, device: torch.device) -> torch.Tensor:
+        limit = self.config.max_objects
+        if num_objects > limit:
+            raise ValueError(
+                f"A clip holds at most `config.max_objects` = {limit} objects, got {num_objects}; an inference session "
+                "takes more, in groups."
+            )
+        if object_slots is None:
+            return torch.arange(num_objects, device=device).expand(batch_size, -1)
+        if object_slots.shape != (batch_size, num_objects):
+            raise ValueError(
+                f"`object_slots` must be {(batch_size, num_objects)}, got {tuple(object_slots.shape)}."
+            )
+        return object_slots.to(device)
+
+    def _valid(self, object_valid, slots: torch.Tensor, num_objects: int) -> torch.Tensor:
+        """Background and the slots that hold an object, `(B, 1 + max_objects)` bool."""
+        if object_valid is None:
+            object_valid = torch.ones_like(slots, dtype=torch.bool)
+        valid = torch.zeros(len(slots), 1 + self.config.max_objects, dtype=torch.bool, device=slots.device)
+        valid[:, 0] = True
+        return valid.scatter(1, slots + 1, object_valid.to(slots.device))
+
+    @staticmethod
+    def _forced_frames(teacher_forcing, batch_size: int, num_frames: int, device: torch.device) -> torch.Tensor:
+        if isinstance(teacher_forcing, torch.Tensor):
+            return teacher_forcing.to(device)
+        return torch.rand(batch_size, num_frames, device=device) < teacher_forcing
+
+
+def _pick_channels(tensor: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
+    """`(B, C, ...)` to the channels `(B, N)` of each entry, `(B, N, ...)`."""
+    index = channels.reshape(*channels.shape, *[1] * (tensor.dim() - 2))
+    return tensor.gather(1, index.expand(-1, -1, *tensor.shape[2:]))
+
+
+__all__ = ["DeformVosModel", "DeformVosOutput", "DeformVosPreTrainedModel", "DeformVosVideoOutput"]

@@ -1,0 +1,261 @@
+"""Processor of DeformVOS: frames and masks in the caller's terms on one side, the network's tensors on the other."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import ProcessorMixin
+from transformers.image_utils import ImageInput
+from transformers.utils import logging
+
+from .inference_session_deformvos import DeformVosInferenceSession, as_bool_mask
+from .modeling_deformvos import DeformVosVideoOutput
+
+
+logger = logging.get_logger(__name__)
+
+
+class DeformVosProcessor(ProcessorMixin):
+    r"""
+    Prepares frames, opens inference sessions, takes masks in and gives masks back.
+
+    Args:
+        image_processor ([`DeformVosImageProcessor`]): prepares single frames.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from hf_deformvos import DeformVosConfig, DeformVosImageProcessor, DeformVosModel, DeformVosProcessor
+
+    >>> model, processor = DeformVosModel(DeformVosConfig()).eval(), DeformVosProcessor(DeformVosImageProcessor())
+    >>> frames = np.zeros((3, 96, 160, 3), dtype=np.uint8)
+    >>> mask = np.zeros((96, 160), dtype=np.uint8)
+    >>> mask[20:60, 40:90] = 1
+
+    >>> session = processor.init_video_session(video=frames)
+    >>> processor.add_inputs_to_inference_session(session, frame_idx=0, input_masks=mask)
+    >>> [output.object_ids for output in model.propagate_in_video_iterator(session)]
+    [[1], [1], [1]]
+    ```
+    """
+
+
+    def __init__(self, image_processor=None, **kwargs):
+        super().__init__(image_processor, **kwargs)
+
+    def __call__(self, images: ImageInput, return_tensors: str | None = "pt", **kwargs):
+        """
+        Prepare one frame or several.
+
+        Args:
+            images: a PIL image, a `(height, width, 3)` uint8 array, a tensor, or a list of them.
+
+        Returns:
+            `BatchFeature` with `pixel_values` `(batch_size, 3, 16k+1, 16m+1)` and `original_sizes`, a list of
+            (height, width).
+        """
+        return self.image_processor(images, return_tensors=return_tensors, **kwargs)
+
+    def init_video_session(
+        self,
+        video: Sequence | Iterable | None = None,
+        inference_device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        short_side: int | None = None,
+        memory_interval: int | None = None,
+        long_term_slots: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> DeformVosInferenceSession:
+        """
+        Open a session: the state of one video.
+
+        Args:
+            video (sequence or iterable of frames, *optional*):
+                A list, array `(num_frames, height, width, 3)` or tensor can be read in any order; an iterator (a
+                camera, a decoder) forwards only. Frames are prepared as they are needed, none is kept. Without a video,
+                hand frames over one at a time: `model(inference_session=session, frame=pixel_values)`.
+            inference_device, device (`torch.device` or `str`, *optional*): the model's device by default.
+            dtype (`torch.dtype` or `str`, *optional*):
+                Precision to compute in, such as `torch.bfloat16`; the model's by default.
+            short_side (`int`, *optional*): overrides the processor's `size["shortest_edge"]` for `video`.
+            memory_interval, long_term_slots (`int`, *optional*): override the model's configuration.
+
+        Raises:
+            ValueError: if the video is empty or an argument is out of range.
+        """
+        if video is not None and hasattr(video, "__len__") and len(video) == 0:
+            raise ValueError("`video` holds no frame.")
+
+        def prepare(frame):
+            options = {}
+            if short_side is not None:
+                size = dict(self.image_processor.size)
+                options["size"] = {**{k: v for k, v in size.items() if v is not None}, "shortest_edge": short_side}
+            inputs = self.image_processor(frame, return_tensors="pt", **options)
+            return inputs["pixel_values"], inputs["original_sizes"][0]
+
+        return DeformVosInferenceSession(
+            video, prepare, inference_device or device, dtype, memory_interval, long_term_slots
+        )
+
+    def add_inputs_to_inference_session(
+        self,
+        inference_session: DeformVosInferenceSession,
+        frame_idx: int,
+        obj_ids: int | list[int] | None = None,
+        input_masks=None,
+        original_size: tuple[int, int] | None = None,
+    ):
+        """
+        Give masks of objects on a frame: new objects, or corrections of known ones, at any frame.
+
+        Args:
+            inference_session ([`DeformVosInferenceSession`]): the session.
+            frame_idx (`int`): the frame that the masks belong to. In a stream, call this before that frame is handed
+                over.
+            obj_ids (`int` or `list[int]`, *optional*):
+                The caller's ids, any integers. For an id map: those to take from it; by default all but 0.
+            input_masks: an id map `(height, width)` of integers with 0 as background; a palette image; or
+                one boolean mask `(num_objects, height, width)` an object, also as a list. Of any size: masks are
+                brought to the frame's size by nearest neighbour. Where masks overlap, the later object wins.
+            original_size (`tuple[int, int]`, *optional*):
+                The frame's (height, width); a mask of another shape of picture is warned about.
+
+        Raises:
+            ValueError: if there is no mask, a new object's mask is empty, ids and masks differ in number, or a mask
+                holds NaN.
+        """
+        masks = _masks_by_id(input_masks, obj_ids)
+        if original_size is not None:
+            _warn_of_other_size(masks, tuple(int(side) for side in original_size))
+        inference_session.add_masks(int(frame_idx), masks)
+
+    def post_process_masks(
+        self,
+        masks: torch.Tensor | list[torch.Tensor],
+        original_sizes: list[tuple[int, int]],
+        binarize: bool = True,
+    ) -> list[torch.Tensor]:
+        """
+        Bring `pred_masks` to the frames' original size. Each pixel goes to the object with the greatest logit, or to
+        the background where none is positive, so masks never overlap.
+
+        Args:
+            masks (a `torch.Tensor` of shape `(num_objects, 1, height, width)`, or a list of them): `pred_masks`.
+            original_sizes (`list[tuple[int, int]]`): (height, width) an entry of the list.
+            binarize (`bool`, defaults to `True`): `False` returns the upsampled logits.
+
+        Returns:
+            `list[torch.Tensor]`: bool masks (or logits) of shape `(num_objects, 1, height, width)`.
+        """
+        masks = [masks] if isinstance(masks, torch.Tensor) else list(masks)
+        if len(masks) != len(original_sizes):
+            raise ValueError(f"{len(masks)} frames of masks came with {len(original_sizes)} original sizes.")
+        processed = []
+        for logits, original_size in zip(masks, original_sizes, strict=True):
+            logits = _upsample(logits, original_size)
+            if binarize:
+                winner = _winner(logits)
+                numbers = torch.arange(1, len(logits) + 1, device=logits.device)
+                logits = (winner == numbers[:, None, None]).unsqueeze(1)
+            processed.append(logits)
+        return processed
+
+    def post_process_id_map(self, output: DeformVosVideoOutput, original_size: tuple[int, int]) -> np.ndarray:
+        """
+        One frame's masks as `(height, width)` int32 of the caller's object ids, 0 where there is background.
+
+        Args:
+            output ([`DeformVosVideoOutput`]): what the model returned for the frame.
+            original_size (`tuple[int, int]`): the frame's (height, width).
+        """
+        ids = np.array([0, *output.object_ids], dtype=np.int32)
+        return ids[_winner(_upsample(output.pred_masks, original_size)).cpu().numpy()]
+
+
+def _upsample(logits: torch.Tensor, original_size: tuple[int, int]) -> torch.Tensor:
+    height, width = (int(side) for side in original_size)
+    return F.interpolate(logits.float(), size=(height, width), mode="bilinear", align_corners=False)
+
+
+def _winner(logits: torch.Tensor) -> torch.Tensor:
+    """`(N, 1, H, W)` logits against the background to the winner a pixel `(H, W)`: 0 background, n the n-th object."""
+    best, index = logits.squeeze(1).max(dim=0)
+    return (index + 1).masked_fill_(best <= 0, 0)
+
+
+def _masks_by_id(input_masks, obj_ids) -> dict[int, torch.Tensor]:
+    """Any accepted form of masks to bool `(height, width)` by object id; overlaps go to the later object."""
+    if input_masks is None:
+        raise ValueError("`input_masks` is needed: an id map, or one boolean mask an object.")
+    obj_ids = [obj_ids] if isinstance(obj_ids, (int, np.integer)) else obj_ids
+    if obj_ids is not None:
+        obj_ids = [int(obj_id) for obj_id in obj_ids]
+        if len(set(obj_ids)) != len(obj_ids):
+            raise ValueError(f"`obj_ids` must differ from each other, got {obj_ids}.")
+        if 0 in obj_ids:
+            raise ValueError(f"0 is the background and no object id; got `obj_ids` {obj_ids}.")
+    array = _as_array(input_masks)
+    if isinstance(array, np.ndarray) and array.ndim == 2 and (array.dtype != bool or obj_ids is None):
+        masks = _split_id_map(array, obj_ids)
+    else:
+        listed = [array] if isinstance(array, np.ndarray) and array.ndim == 2 else list(array)
+        if obj_ids is None or len(obj_ids) != len(listed):
+            raise ValueError(
+                f"{len(listed)} masks came with `obj_ids` {obj_ids}: boolean masks need one id each. (An id map is "
+                "two-dimensional and of integers.)"
+            )
+        masks = {i: as_bool_mask(mask, f"The mask of object {i}") for i, mask in zip(obj_ids, listed, strict=True)}
+    return _without_overlaps(masks)
+
+
+def _as_array(input_masks):
+    """Arrays, tensors and images as one array; a list of masks stays a list, since sizes may differ."""
+    if isinstance(input_masks, Image.Image):
+        if input_masks.mode not in ("P", "L", "1", "I", "I;16"):
+            raise ValueError(
+                f"A mask image must hold ids (palette or grey), got mode {input_masks.mode}. Convert colours to ids first."
+            )
+        return np.asarray(input_masks)
+    if isinstance(input_masks, torch.Tensor):
+        return input_masks.detach().cpu().numpy()
+    if isinstance(input_masks, (list, tuple)) and len(input_masks) and np.ndim(input_masks[0]) >= 2:
+        return list(input_masks)
+    return np.asarray(input_masks)
+
+
+def _split_id_map(id_map: np.ndarray, obj_ids: list[int] | None) -> dict[int, torch.Tensor]:
+    if id_map.dtype.kind == "f":
+        if not np.isfinite(id_map).all() or not np.array_equal(id_map, np.rint(id_map)):
+            raise ValueError("An id map must hold whole numbers; this one has fractions, NaN or infinite values.")
+        id_map = id_map.astype(np.int64)
+    present = [int(obj_id) for obj_id in np.unique(id_map) if obj_id != 0]
+    if obj_ids is None and not present:
+        raise ValueError("The mask is empty: every pixel is 0, the background. Mark at least one object.")
+    return {obj_id: torch.from_numpy(id_map == obj_id) for obj_id in (present if obj_ids is None else obj_ids)}
+
+
+def _without_overlaps(masks: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    if len({mask.shape for mask in masks.values()}) != 1:
+        return masks
+    taken = None
+    for obj_id in reversed(masks):
+        if taken is not None:
+            masks[obj_id] = masks[obj_id] & ~taken
+        taken = masks[obj_id] if taken is None else taken | masks[obj_id]
+    return masks
+
+
+def _warn_of_other_size(masks: dict[int, torch.Tensor], original_size: tuple[int, int]):
+    for obj_id, mask in masks.items():
+        if tuple(mask.shape) != original_size:
+            logger.warning(
+                f"The mask of object {obj_id} is {mask.shape[0]}x{mask.shape[1]} (height x width), the frame "
+                f"{original_size[0]}x{original_size[1]}: it is resized by nearest neighbour."
+            )
+
+
+__all__ = ["DeformVosProcessor"]

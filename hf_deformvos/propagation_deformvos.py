@@ -1,0 +1,391 @@
+"""
+Gated deformable propagation: DeAOT's gated propagation module (NeurIPS 2022) with deformable attention inside.
+
+Shapes used throughout: `B` frames, `G` groups of objects, `h x w` tokens, `n = h * w`, `S` memory frames. Visual maps
+are `(B, C, h, w)`. Identification maps hold one entry a group: `(B * G, C, h, w)`. A memory's values of both branches
+lie side by side on the channel axis, `(B, value_size * (1 + G), h, w)`, so that one attention map reads them at once.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .configuration_deformvos import DeformVosConfig
+
+
+class LayerProjection(NamedTuple):
+    """
+    What one layer computes of a frame before its memory is read.
+
+    Attributes:
+        key (`torch.Tensor` of shape `(B, key_size, h, w)`): queries and keys, which share one projection.
+        value, gate (`torch.Tensor` of shape `(B, value_size, h, w)`): values and gate of the visual branch.
+        identification (`torch.Tensor` of shape `(B * G, hidden_size, h, w)`, *optional*):
+            Normalised input of the identification branch, empty in the first layer.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    gate: torch.Tensor
+    identification: torch.Tensor | None
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of `(B, C, h, w)`."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def to_tokens(hidden: torch.Tensor) -> torch.Tensor:
+    """`(B, C, h, w)` to `(B, n, C)`."""
+    return hidden.flatten(2).transpose(1, 2)
+
+
+def to_map(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """`(B, n, C)` to `(B, C, h, w)`."""
+    return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+
+def reference_points(height: int, width: int, stride: int, device: torch.device) -> torch.Tensor:
+    """Regular grid of points as `(rows, columns, 2)` float32 (y, x) in tokens, the first at token (0, 0)."""
+    rows = torch.arange(0, height, stride, device=device, dtype=torch.float32)
+    columns = torch.arange(0, width, stride, device=device, dtype=torch.float32)
+    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)
+
+
+def sample_at(hidden: torch.Tensor, locations: torch.Tensor) -> torch.Tensor:
+    """
+    Bilinear samples of a map at points given in tokens.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(B, C, h, w)`): the map.
+        locations (`torch.Tensor` of shape `(B, P, 2)`): (y, x) in tokens; outside points take the border's value.
+
+    Returns:
+        `torch.Tensor` of shape `(B, P, C)` in the dtype of `hidden`. Coordinates are handled in float32, or in float64
+        where the locations are.
+    """
+    height, width = hidden.shape[-2:]
+    last = locations.new_tensor([max(height - 1, 1), max(width - 1, 1)])
+    grid = (2.0 * locations / last - 1.0).flip(-1).unsqueeze(1)
+    # grid_sample refuses mixed dtypes, and half-precision coordinates would miss tokens on long sides.
+    sampled = F.grid_sample(hidden.to(grid.dtype), grid, mode="bilinear", padding_mode="border", align_corners=True)
+    return sampled.squeeze(2).transpose(1, 2).to(hidden.dtype)
+
+
+def _softmax(scores: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Softmax over the keys, computed in float32 at least, returned in `dtype`."""
+    return torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(dtype)
+
+
+class OffsetNetwork(nn.Module):
+    """
+    Depth-wise convolution, layer norm, GELU and a 1x1 convolution that predict bounded offsets in tokens.
+
+    The last convolution starts at zero: an untrained network leaves every reference point where it is, and the
+    attention is exactly the vanilla one on those points.
+    """
+
+    def __init__(self, config: DeformVosConfig, in_channels: int, out_points: int, stride: int = 1):
+        super().__init__()
+        width = config.offset_hidden_size
+        self.reduce = nn.Conv2d(in_channels, width, 1)
+        self.depthwise = nn.Conv2d(width, width, 5, stride, 2, groups=width)
+        self.norm = ChannelNorm(width, eps=config.layer_norm_eps)
+        self.offset = nn.Conv2d(width, 2 * out_points, 1)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`(B, C, h, w)` to unbounded offsets `(B, rows, columns, points, 2)` in float32 (float64 for float64 maps)."""
+        hidden = F.gelu(self.norm(self.depthwise(self.reduce(hidden))))
+        offsets = self.offset(hidden).permute(0, 2, 3, 1).unflatten(-1, (-1, 2))
+        return offsets.to(torch.promote_types(offsets.dtype, torch.float32))
+
+
+class GridDeformableAttention(nn.Module):
+    """
+    Attention of every query to a grid of reference points shared by all queries, each moved by a learned offset
+    (Deformable Attention Transformer, CVPR 2022). Keys are `ceil(h/r) * ceil(w/r)` a memory frame instead of `h * w`.
+    """
+
+    def __init__(self, config: DeformVosConfig, stride: int, local: bool = False):
+        super().__init__()
+        self.stride = stride
+        self.max_offset = config.max_offset
+        self.use_offsets = config.use_offsets
+        self.offset_network = OffsetNetwork(config, config.key_size, 1, stride)
+        # A learned Gaussian falloff with distance, any grid size: b = -decay * |p_query - p_key|^2 / h w.
+        self.distance_decay = nn.Parameter(torch.tensor(-2.0)) if local else None
+
+    def locate(self, query: torch.Tensor) -> torch.Tensor:
+        """Sampled locations `(B, P, 2)` for the queries `(B, C, h, w)`."""
+        points = reference_points(*query.shape[-2:], self.stride, query.device)
+        if self.use_offsets:
+            points = points + self.max_offset * torch.tanh(self.offset_network(query)[..., 0, :])
+        else:
+            points = points.expand(query.shape[0], -1, -1, -1)
+        return points.flatten(1, 2)
+
+    def forward(
+        self, query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            query (`(B, key_size, h, w)`): the current frame's queries.
+            keys, values (lists of `(B, C, h, w)`, an entry a memory frame): what the memory holds.
+
+        Returns:
+            The read values `(B, C, h, w)`, the attention `(B, n, S * P)` and the locations `(B, P, 2)`.
+        """
+        height, width = query.shape[-2:]
+        locations = self.locate(query)
+        channels = query.shape[1]
+        sampled = [sample_at(torch.cat(pair, dim=1), locations) for pair in zip(keys, values, strict=True)]
+        sampled = torch.cat(sampled, dim=1)
+        scores = to_tokens(query) @ sampled[..., :channels].transpose(1, 2) / math.sqrt(channels)
+        if self.distance_decay is not None:
+            scores = scores + self._bias(locations, height, width).repeat(1, 1, len(keys))
+        attention = _softmax(scores, sampled.dtype)
+        return to_map(attention @ sampled[..., channels:], height, width), attention, locations
+
+    def _bias(self, locations: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        queries = reference_points(height, width, 1, locations.device).flatten(0, 1).to(locations.dtype)
+        return -F.softplus(self.distance_decay) * (queries[:, None] - locations[:, None]).square().sum(-1)
+
+
+class QueryDeformableAttention(nn.Module):
+    """
+    Attention of every query to its own few points of one memory frame (Deformable DETR, ICLR 2021), with weights
+    `softmax(q k / sqrt(d) + b)` of the sampled keys. It takes the place of DeAOT's 15x15 window.
+
+    The points are a square around the query, carried along by one displacement a query and moved by an offset each.
+    Both are predicted from the query and from its correlations with the memory around it: a query alone cannot tell
+    where its object was a frame ago.
+
+    Bilinear sampling commutes with the products that follow it, so nothing is resampled: the sampled scores are read
+    off the dense `n x n` product, and the weights go back into a dense map that multiplies the values.
+    """
+
+    def __init__(self, config: DeformVosConfig):
+        super().__init__()
+        self.radius = config.short_term_window // 2
+        self.correlation_radius = config.correlation_radius
+        self.max_offset = config.max_offset
+        self.max_displacement = config.max_displacement
+        self.use_offsets = config.use_offsets
+        num_points = config.short_term_window**2
+        correlations = (2 * config.correlation_radius + 1) ** 2
+        self.offset_network = OffsetNetwork(config, config.key_size + correlations, 1 + num_points)
+        self.point_bias = nn.Parameter(torch.zeros(num_points))
+
+    @staticmethod
+    def _window(height: int, width: int, radius: int, device: torch.device) -> torch.Tensor:
+        """Points of the square around every token, `(n, (2 * radius + 1)^2, 2)` float32."""
+        side = reference_points(2 * radius + 1, 2 * radius + 1, 1, device).flatten(0, 1) - radius
+        return reference_points(height, width, 1, device).flatten(0, 1)[:, None] + side
+
+    def _correlations(self, scores: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Scores against the memory around each query, zero outside the frame: `(B, window, h, w)`."""
+        window = self._window(height, width, self.correlation_radius, scores.device).long()
+        last = window.new_tensor([height - 1, width - 1])
+        inside = ((window >= 0) & (window <= last)).all(-1)
+        clamped = torch.minimum(window.clamp_min(0), last)
+        index = clamped[..., 0] * width + clamped[..., 1]
+        return to_map(scores.gather(2, index.expand(scores.shape[0], -1, -1)) * inside, height, width)
+
+    def locate(self, query: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Sampled locations `(B, n, P, 2)`, clamped to the frame."""
+        height, width = query.shape[-2:]
+        points = self._window(height, width, self.radius, query.device)
+        if self.use_offsets:
+            evidence = torch.cat([query, self._correlations(scores, height, width).to(query.dtype)], dim=1)
+            predicted = self.offset_network(evidence).flatten(1, 2)
+            displacement = self.max_displacement * torch.tanh(predicted[:, :, :1] / self.max_displacement)
+            points = points + displacement + self.max_offset * torch.tanh(predicted[:, :, 1:] / self.max_offset)
+        else:
+            points = points.expand(query.shape[0], -1, -1, -1)
+        return torch.minimum(points.clamp_min(0), points.new_tensor([height - 1, width - 1]))
+
+    def forward(
+        self, query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As [`GridDeformableAttention`] for one memory frame; the attention is dense, `(B, n, n)`, and the locations
+        are `(B, n, P, 2)`."""
+        (key,), (value,) = keys, values
+        height, width = query.shape[-2:]
+        scores = to_tokens(query) @ key.flatten(2) / math.sqrt(query.shape[1])
+        locations = self.locate(query, scores)
+        index, weights = bilinear_corners(locations, height, width)
+        corner_scores = scores.gather(2, index.flatten(2)).unflatten(2, index.shape[2:])
+        sampled = (corner_scores * weights).sum(-1) + self.point_bias
+        attention = _softmax(sampled, weights.dtype).unsqueeze(-1) * weights
+        dense = torch.zeros_like(scores, dtype=weights.dtype).scatter_add(2, index.flatten(2), attention.flatten(2))
+        dense = dense.to(value.dtype)
+        return to_map(dense @ to_tokens(value), height, width), dense, locations
+
+
+def bilinear_corners(locations: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The four tokens around each point and their bilinear weights, both `(..., 4)`; points lie inside the frame."""
+    corner = locations.detach().floor()
+    fraction = locations - corner
+    last = corner.new_tensor([height - 1, width - 1])
+    near = corner.long()
+    far = torch.minimum(corner + 1, last).long()
+    rows, columns = torch.stack([near, far], -1).unbind(-2)
+    index = (rows.unsqueeze(-1) * width + columns.unsqueeze(-2)).flatten(-2)
+    row_weights, column_weights = torch.stack([1 - fraction, fraction], -1).unbind(-2)
+    return index, (row_weights.unsqueeze(-1) * column_weights.unsqueeze(-2)).flatten(-2)
+
+
+class GatedOutput(nn.Module):
+    """
+    `W_O DWConv5x5(read values * gate)`, for both branches.
+
+    With `object_independent`, W_O is block-triangular: the visual branch takes nothing from the identification branch.
+    """
+
+    def __init__(self, config: DeformVosConfig):
+        super().__init__()
+        size = config.value_size
+        self.object_independent = config.object_independent
+        self.visual_depthwise = nn.Conv2d(size, size, 5, padding=2, groups=size, bias=False)
+        self.id_depthwise = nn.Conv2d(size, size, 5, padding=2, groups=size, bias=False)
+        visual_inputs = size if config.object_independent else 2 * size
+        self.visual_project = nn.Conv2d(visual_inputs, config.hidden_size, 1)
+        self.id_project = nn.Conv2d(2 * size, config.hidden_size, 1)
+
+    def forward(
+        self, read: torch.Tensor, visual_gate: torch.Tensor, id_gate: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(B, value_size * (1 + G), h, w)` to the updates of I `(B, C, h, w)` and of M `(B * G, C, h, w)`."""
+        size = visual_gate.shape[1]
+        visual = self.visual_depthwise(read[:, :size] * visual_gate)
+        identification = read[:, size:].unflatten(1, (-1, size)).flatten(0, 1)
+        if id_gate is not None:
+            identification = identification * id_gate
+        identification = self.id_depthwise(identification)
+        both = torch.cat([repeat_groups(visual, identification.shape[0] // visual.shape[0]), identification], dim=1)
+        return self.visual_project(visual if self.object_independent else both), self.id_project(both)
+
+
+def repeat_groups(visual: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """`(B, C, h, w)` to `(B * G, C, h, w)`."""
+    return visual if num_groups == 1 else visual.repeat_interleave(num_groups, dim=0)
+
+
+def merge_groups(identification: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """`(B * G, C, h, w)` to `(B, G * C, h, w)`."""
+    return identification.unflatten(0, (batch_size, -1)).flatten(1, 2)
+
+
+class GatedDeformablePropagationLayer(GradientCheckpointingLayer):
+    """One layer: long- and short-term propagation side by side, then self-propagation (DeAOT, section 4)."""
+
+    def __init__(self, config: DeformVosConfig, layer_idx: int):
+        super().__init__()
+        hidden, key, value = config.hidden_size, config.key_size, config.value_size
+        self.layer_idx = layer_idx
+        self.visual_norm = ChannelNorm(hidden, eps=config.layer_norm_eps)
+        self.query_key = nn.Conv2d(hidden, key, 1)
+        self.visual_value = nn.Conv2d(hidden, value, 1)
+        self.visual_gate = nn.Conv2d(hidden, value, 1)
+        # The identification branch is empty before the first layer: no norm, no gate, and values of the id alone.
+        self.id_norm = ChannelNorm(hidden, eps=config.layer_norm_eps) if layer_idx else None
+        self.id_gate = nn.Conv2d(hidden, value, 1) if layer_idx else None
+        self.id_value = nn.Conv2d(2 * hidden if layer_idx else hidden, value, 1)
+        self.long_term = GridDeformableAttention(config, config.long_term_stride)
+        if config.short_term_form == "query":
+            self.short_term = QueryDeformableAttention(config)
+        else:
+            self.short_term = GridDeformableAttention(config, config.short_term_stride, local=True)
+        self.long_term_output = GatedOutput(config)
+        self.short_term_output = GatedOutput(config)
+
+        self_inputs = hidden if config.object_independent else 2 * hidden
+        self.object_independent = config.object_independent
+        self.self_visual_norm = ChannelNorm(hidden, eps=config.layer_norm_eps)
+        self.self_id_norm = ChannelNorm(hidden, eps=config.layer_norm_eps)
+        self.self_query_key = nn.Conv2d(self_inputs, key, 1)
+        self.self_visual_value = nn.Conv2d(hidden, value, 1)
+        self.self_visual_gate = nn.Conv2d(hidden, value, 1)
+        self.self_id_value = nn.Conv2d(hidden, value, 1)
+        self.self_id_gate = nn.Conv2d(hidden, value, 1)
+        self.self_attention = GridDeformableAttention(config, config.self_stride)
+        self.self_output = GatedOutput(config)
+
+    def project(self, visual: torch.Tensor, identification: torch.Tensor | None) -> LayerProjection:
+        """Project I `(B, C, h, w)` and M `(B * G, C, h, w)` or `None`; the frame's masks need not be known."""
+        normed = self.visual_norm(visual)
+        if self.id_norm is not None:
+            identification = self.id_norm(identification)
+        return LayerProjection(
+            key=self.query_key(normed),
+            value=F.silu(self.visual_value(normed)),
+            gate=F.silu(self.visual_gate(normed)),
+            identification=identification,
+        )
+
+    def remember(self, frame: LayerProjection, id_embedding: torch.Tensor) -> torch.Tensor:
+        """Values of both branches, `(B, value_size * (1 + G), h, w)`, once the frame's masks `(B * G, C, h, w)` are
+        known: `V_id = SiLU(W [M | id])`."""
+        inputs = id_embedding
+        if frame.identification is not None:
+            inputs = torch.cat([frame.identification, id_embedding], dim=1)
+        id_values = F.silu(self.id_value(inputs))
+        return torch.cat([frame.value, merge_groups(id_values, frame.value.shape[0])], dim=1)
+
+    def forward(
+        self,
+        visual: torch.Tensor,
+        identification: torch.Tensor | None,
+        frame: LayerProjection,
+        long_term_keys: list[torch.Tensor],
+        long_term_values: list[torch.Tensor],
+        short_term_key: torch.Tensor,
+        short_term_value: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """
+        Args:
+            visual (`(B, C, h, w)`), identification (`(B * G, C, h, w)` or `None` in the first layer): I and M.
+            frame (`LayerProjection`): this layer's projections of the current frame.
+            long_term_keys, long_term_values, short_term_key, short_term_value: the memory, see [`remember`].
+
+        Returns:
+            I, M, and the attention maps and sampled locations by name (`long_term`, `short_term`, `self`).
+        """
+        long_read, long_map, long_at = self.long_term(frame.key, long_term_keys, long_term_values)
+        short_read, short_map, short_at = self.short_term(frame.key, [short_term_key], [short_term_value])
+        id_gate = None if self.id_gate is None else F.silu(self.id_gate(frame.identification))
+        long_visual, long_id = self.long_term_output(long_read, frame.gate, id_gate)
+        short_visual, short_id = self.short_term_output(short_read, frame.gate, id_gate)
+        visual = visual + long_visual + short_visual
+        update = long_id + short_id
+        identification = update if identification is None else identification + update
+
+        self_visual, self_id, self_map, self_at = self._propagate_self(visual, identification)
+        maps = {"long_term": long_map, "short_term": short_map, "self": self_map}
+        locations = {"long_term": long_at, "short_term": short_at, "self": self_at}
+        return visual + self_visual, identification + self_id, maps, locations
+
+    def _propagate_self(self, visual, identification):
+        batch_size = visual.shape[0]
+        visual_in, id_in = self.self_visual_norm(visual), self.self_id_norm(identification)
+        query = self.self_query_key(visual_in if self.object_independent else torch.cat([visual_in, id_in], dim=1))
+        id_values = F.silu(self.self_id_value(id_in))
+        values = torch.cat([F.silu(self.self_visual_value(visual_in)), merge_groups(id_values, batch_size)], dim=1)
+        read, attention, locations = self.self_attention(query, [query], [values])
+        visual_gate, id_gate = F.silu(self.self_visual_gate(visual_in)), F.silu(self.self_id_gate(id_in))
+        return *self.self_output(read, visual_gate, id_gate), attention, locations
+
+
+__all__ = [
+    "GatedDeformablePropagationLayer",
+    "GridDeformableAttention",
+    "OffsetNetwork",
+    "QueryDeformableAttention",
+    "sample_at",
+]

@@ -45,7 +45,7 @@ $(FULL): $(CORE)
 env: $(FULL)  ## make the environment with everything that development needs
 
 segment: $(CORE)  ## follow two objects through the example clip with the bundled student
-	$(BIN)/python -m hf_deformvos segment $(VIDEO) --mask $(MASK) --model $(MODEL) --output $(OUTPUT) --overlay $(OUTPUT)/overlay.mp4
+	$(BIN)/python -m hf_deformvos segment $(VIDEO) --mask $(MASK) --model $(MODEL) --output $(OUTPUT) --overwrite --overlay $(OUTPUT)/overlay.mp4
 	@echo
 	@echo "Look at $(OUTPUT)/overlay.mp4: the clip with the objects coloured. The masks, one PNG a frame, are beside it."
 

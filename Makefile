@@ -14,6 +14,8 @@ OUTPUT ?= output
 # A folder that holds davis2016-val in DAVIS layout, for `make numbers` and the tests on real data.
 DATA ?= $(DEFORMVOS_DATA)
 PYTEST_ARGS ?=
+# Further options of `deformvos evaluate` for `make numbers`, such as --device cpu --threads 2
+EVAL_ARGS ?=
 
 BIN := $(VENV)/bin
 CORE := $(VENV)/.installed-core
@@ -68,7 +70,7 @@ style: $(FULL)  ## repair what lint and format can repair
 
 numbers: $(FULL)  ## measure every figure that the texts state, and write them: make numbers DATA=folder
 	@test -n "$(DATA)" || { echo "error: DATA is empty: name the folder that holds davis2016-val, as in make numbers DATA=~/data" >&2; exit 2; }
-	$(BIN)/python scripts/update_numbers.py measure --data "$(DATA)" --model $(MODEL)
+	$(BIN)/python scripts/update_numbers.py measure --data "$(DATA)" --model $(MODEL) -- $(EVAL_ARGS)
 
 numbers-check: $(FULL)  ## the texts state what was measured, with these very weights
 	$(BIN)/python scripts/update_numbers.py check

@@ -17,8 +17,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import platform
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -32,7 +32,8 @@ BLOCK = re.compile(
 )
 MARKER = re.compile(r"<!-- numbers:[^>]*-->")
 NOT_MEASURED = "Not measured yet: `make numbers DATA=...` fills this in."
-MEANS = ("J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay")
+ENDINGS = {"mean": "", "recall": "-recall", "decay": "-decay"}
+MEASURES = ("JF", "J", "J-recall", "J-decay", "F", "F-recall", "F-decay")
 
 
 class NumbersError(Exception):
@@ -63,29 +64,48 @@ def load_records(root: Path) -> dict[str, dict]:
     return {path.stem: json.loads(path.read_text()) for path in sorted((root / "docs" / "numbers").glob("*.json"))}
 
 
+def measures_of(scores: dict) -> dict[str, float]:
+    """The seven measures of a summary, by the names that markers use (which have no `&`)."""
+    return {
+        "JF": scores["J&F"],
+        **{f"{key}{end}": scores[key][name] for key in "JF" for name, end in ENDINGS.items()},
+    }
+
+
+def fields_of(record: dict) -> dict[str, str]:
+    """Every single value that a text may state, as it is written there."""
+    totals = record["totals"]
+    return {name: f"{value:.3f}" for name, value in measures_of(totals).items()} | {
+        "parameters": f"{record['facts']['num_parameters'] / 1e6:.2f} M",
+        "megabytes": f"{record['weights_bytes'] / 1e6:.1f} MB",
+        "frames-per-second": f"{totals['frames_per_second']:.1f}",
+        "network-ms": f"{totals['network_ms_median']:.0f} ms",
+        "num-sequences": str(record["dataset"]["num_sequences"]),
+        "num-frames": str(record["dataset"]["num_frames"]),
+    }
+
+
 def render_means(record: dict) -> str:
     """A Markdown table of one record's means, and how it was measured."""
-    results = record["results"]
-    header = " | ".join(name.replace("-Mean", "").replace("-", " ") for name in MEANS)
-    rows = [
-        f"| {header} | parameters | frames a second |",
-        "|" + "---:|" * (len(MEANS) + 2),
-        f"| {' | '.join(f'{results[name]:.3f}' for name in MEANS)} | {record['parameters'] / 1e6:.2f} M "
-        f"| {results['fps']:.1f} |",
-    ]
+    fields, hardware = fields_of(record), record["hardware"]
+    columns = {name.replace("JF", "J&F").replace("-", " "): fields[name] for name in MEASURES}
+    columns |= {"parameters": fields["parameters"], "weights": fields["megabytes"]}
+    columns |= {"network, a frame": fields["network-ms"], "whole stream, frames/s": fields["frames-per-second"]}
     origin = (
-        f"`{record['command']}`, {len(record['sequences'])} sequences, on {record['environment']['processor']} "
-        f"({record['environment']['threads']} threads), PyTorch {record['environment']['torch']}; weights sha256 "
-        f"`{record['weights_sha256'][:12]}…`."
+        f"`{record['command']}`: {fields['num-sequences']} sequences, {fields['num-frames']} frames, in "
+        f"{hardware['dtype']} on {hardware['device_name']} ({hardware['threads_per_process']} threads), PyTorch "
+        f"{record['versions']['torch']}; weights sha256 `{record['weights_sha256'][:12]}…`."
     )
-    return "\n".join(rows) + "\n\n" + origin
+    rows = [" | ".join(columns), " | ".join(["---:"] * len(columns)), " | ".join(columns.values())]
+    return "\n".join(f"| {row} |" for row in rows) + "\n\n" + origin
 
 
 def render_sequences(record: dict) -> str:
     """A Markdown table with one row a sequence."""
     rows = ["| sequence | J&F | J | F |", "|---|---:|---:|---:|"]
-    for name, scores in sorted(record["sequences"].items()):
-        rows.append(f"| {name} | {scores['J&F-Mean']:.3f} | {scores['J-Mean']:.3f} | {scores['F-Mean']:.3f} |")
+    for scores in sorted(record["sequences"], key=lambda scores: scores["name"]):
+        measures = measures_of(scores)
+        rows.append(f"| {scores['name']} | {measures['JF']:.3f} | {measures['J']:.3f} | {measures['F']:.3f} |")
     return "\n".join(rows)
 
 
@@ -99,13 +119,10 @@ def render_block(name: str, records: dict[str, dict]) -> str:
         return f"\n{render_means(record)}\n"
     if view == "sequences":
         return f"\n{render_sequences(record)}\n"
-    # Marker names hold no "&"; JF-Mean stands for J&F-Mean.
-    fields = {key.replace("&", ""): value for key, value in record["results"].items()}
-    fields["parameters"] = f"{record['parameters'] / 1e6:.2f} M"
+    fields = fields_of(record)
     if view not in fields:
         raise NumbersError(f"numbers:{name}: {record_name}.json has no field {view!r}; it has {', '.join(fields)}")
-    value = fields[view]
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    return fields[view]
 
 
 def render_text(text: str, records: dict[str, dict]) -> str:
@@ -147,68 +164,43 @@ def check(root: Path = ROOT) -> list[str]:
     return problems
 
 
-def processor_name() -> str:
-    """The processor's model name, as the system calls it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def environment() -> dict:
-    """What the figures depend on besides the weights."""
-    import numpy
-    import torch
-    import transformers
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": numpy.__version__,
-        "processor": processor_name(),
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-    }
-
-
-def count_parameters(model_dir: Path) -> int:
-    """Parameters of the model that a folder holds."""
-    from transformers import AutoModel
-
-    import hf_deformvos  # noqa: F401  registers the Auto classes
-
-    return sum(parameter.numel() for parameter in AutoModel.from_pretrained(model_dir).parameters())
-
-
-def measure(data: Path, model: str, root: Path = ROOT) -> Path:
+def measure(data: Path, model: str, extra: list[str], root: Path = ROOT) -> Path:
     """Run the evaluation on the whole of DAVIS-2016 val and write its record; the record's path."""
     weights, dataset = root / model / "model.safetensors", data / "davis2016-val"
     for path, what in ((weights, "the weights"), (dataset / "JPEGImages", "the frames of DAVIS-2016 val")):
         if not path.exists():
             raise NumbersError(f"{what} are missing: {path} does not exist")
-    sha256, options = sha256_of(weights), ["--dataset", "davis2016", "--split", "val"]
+    options = ["--model", model, "--dataset", "davis2016", "--split", "val", *extra]
     with tempfile.TemporaryDirectory() as folder:
         report_path = Path(folder) / "report.json"
-        arguments = ["--model", model, *options, "--root", str(dataset), "--json", str(report_path)]
+        arguments = [*options, "--root", str(dataset), "--json", str(report_path)]
         subprocess.run([sys.executable, "-m", "hf_deformvos", "evaluate", *arguments], check=True, cwd=root)
         report = json.loads(report_path.read_text())
-    record = {
+    record = as_record(report, model, weights, shlex.join(["deformvos", "evaluate", *options, "--root", dataset.name]))
+    output = root / "docs" / "numbers" / f"{Path(model).name}-davis2016-val.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(record, indent=2) + "\n")
+    return output
+
+
+def as_record(report: dict, model: str, weights: Path, command: str) -> dict:
+    """What is kept of an evaluation's report: no value a frame, no path of the machine it ran on."""
+    sha256 = sha256_of(weights)
+    if report["weights_sha256"] != sha256:
+        raise NumbersError(f"{weights} changed while it was evaluated; nothing was recorded, run it again")
+    kept = ("name", "J&F", "J", "F")
+    return {
         "model": model,
         "weights_sha256": sha256,
         "weights_bytes": weights.stat().st_size,
-        "parameters": count_parameters(root / model),
-        "command": " ".join(["deformvos evaluate --model", model, *options, "--root davis2016-val"]),
-        "environment": environment(),
-        "results": report["results"],
-        "sequences": report["sequences"],
+        "command": command,
+        "facts": report["model"],
+        "hardware": report["hardware"],
+        "versions": report["versions"],
+        "dataset": {key: value for key, value in report["dataset"].items() if key != "root"},
+        "totals": report["totals"],
+        "sequences": [{key: scores[key] for key in kept} for scores in report["sequences"]],
     }
-    output = root / "docs" / "numbers" / f"{Path(model).name}-davis2016-val.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
-    return output
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -218,6 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
     measuring = commands.add_parser("measure", help="evaluate, record and render")
     measuring.add_argument("--data", type=Path, required=True, help="folder that holds davis2016-val")
     measuring.add_argument("--model", default="hub_cards/deformvos-student", help="folder with the weights, in here")
+    measuring.add_argument("extra", nargs="*", help="after --, further options of `deformvos evaluate`")
     commands.add_parser("render", help="write the recorded figures into the texts")
     commands.add_parser("check", help="compare texts, records and weights")
     options = parser.parse_args(arguments)
@@ -227,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
             print("\n".join(problems) or "The texts state what was measured, with these weights.")
             return 1 if problems else 0
         if options.command == "measure":
-            written = measure(options.data.expanduser().resolve(), options.model)
+            written = measure(options.data.expanduser().resolve(), options.model, options.extra)
             print(f"Wrote {written.relative_to(ROOT)}")
         for path in render():
             print(f"Updated {path.relative_to(ROOT)}")

@@ -81,23 +81,16 @@ def test_texts_state_the_measured_figures():
     assert load_script("update_numbers").check() == []
 
 
-RECORD = {
-    "model": "hub_cards/m",
+STATISTICS = {"mean": 0.8, "recall": 0.9, "decay": 0.1}
+REPORT = {
     "weights_sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",  # of the bytes "abc"
-    "parameters": 2_000_000,
-    "command": "deformvos evaluate",
-    "environment": {"processor": "a processor", "threads": 2, "torch": "2"},
-    "results": {
-        "J&F-Mean": 0.8125,
-        "J-Mean": 0.8,
-        "J-Recall": 0.9,
-        "J-Decay": 0.1,
-        "F-Mean": 0.825,
-        "F-Recall": 0.9,
-        "F-Decay": 0.1,
-        "fps": 9.96,
-    },
-    "sequences": {"cow": {"J&F-Mean": 0.9, "J-Mean": 0.88, "F-Mean": 0.92}},
+    "config": {"model": "a path of the machine"},
+    "model": {"num_parameters": 2_000_000},
+    "hardware": {"device_name": "a processor", "threads_per_process": 2, "dtype": "float32"},
+    "versions": {"torch": "2"},
+    "dataset": {"name": "davis2016", "root": "a path of the machine", "num_sequences": 1, "num_frames": 104},
+    "totals": {"J&F": 0.8124, "J": STATISTICS, "F": STATISTICS, "frames_per_second": 9.96, "network_ms_median": 80.2},
+    "sequences": [{"name": "cow", "J&F": 0.9, "J": STATISTICS, "F": STATISTICS, "objects": ["long lists"]}],
 }
 
 
@@ -106,10 +99,13 @@ def small_repository(tmp_path):
     """A README with three blocks, one record, one weights file."""
     (tmp_path / "docs" / "numbers").mkdir(parents=True)
     (tmp_path / "hub_cards" / "m").mkdir(parents=True)
-    (tmp_path / "hub_cards" / "m" / "model.safetensors").write_bytes(b"abc")
-    (tmp_path / "docs" / "numbers" / "m-val.json").write_text(json.dumps(RECORD))
+    weights = tmp_path / "hub_cards" / "m" / "model.safetensors"
+    weights.write_bytes(b"abc")
+    record = load_script("update_numbers").as_record(REPORT, "hub_cards/m", weights, "deformvos evaluate")
+    assert "a path of the machine" not in json.dumps(record) and "long lists" not in json.dumps(record)
+    (tmp_path / "docs" / "numbers" / "m-val.json").write_text(json.dumps(record))
     block = "<!-- numbers:{0}:begin -->old<!-- numbers:{0}:end -->"
-    names = ("m-val", "m-val.sequences", "m-val.JF-Mean")
+    names = ("m-val", "m-val.sequences", "m-val.JF")
     (tmp_path / "README.md").write_text("before\n" + "\n".join(block.format(name) for name in names) + "\nafter\n")
     return tmp_path
 
@@ -120,7 +116,7 @@ def test_numbers_are_rendered_once_and_for_all(small_repository):
     assert numbers.render(small_repository) == [small_repository / "README.md"]
     text = (small_repository / "README.md").read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n")
-    assert "-->0.812<!--" in text and "| cow | 0.900 |" in text and "| 2.00 M | 10.0 |" in text
+    assert "-->0.812<!--" in text and "| cow | 0.900 |" in text and "| 2.00 M | 0.0 MB | 80 ms | 10.0 |" in text
     assert numbers.render(small_repository) == []
     assert numbers.check(small_repository) == []
 

@@ -32,6 +32,7 @@ BLOCK = re.compile(
 )
 MARKER = re.compile(r"<!-- numbers:[^>]*-->")
 NOT_MEASURED = "Not measured yet: `make numbers DATA=...` fills this in."
+NUM_SEQUENCES = 20  # of DAVIS-2016 val: figures of a part of it must not pass for its
 ENDINGS = {"mean": "", "recall": "-recall", "decay": "-decay"}
 MEASURES = ("JF", "J", "J-recall", "J-decay", "F", "F-recall", "F-decay")
 
@@ -176,6 +177,9 @@ def measure(data: Path, model: str, extra: list[str], root: Path = ROOT) -> Path
         arguments = [*options, "--root", str(dataset), "--json", str(report_path)]
         subprocess.run([sys.executable, "-m", "hf_deformvos", "evaluate", *arguments], check=True, cwd=root)
         report = json.loads(report_path.read_text())
+    if report["dataset"]["num_sequences"] != NUM_SEQUENCES:
+        count = report["dataset"]["num_sequences"]
+        raise NumbersError(f"{dataset} must hold the {NUM_SEQUENCES} sequences of DAVIS-2016 val, got {count}")
     record = as_record(report, model, weights, shlex.join(["deformvos", "evaluate", *options, "--root", dataset.name]))
     output = root / "docs" / "numbers" / f"{Path(model).name}-davis2016-val.json"
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,3 @@
-# Copyright 2025 The hf_deformvos authors. Licensed under the Apache License, Version 2.0.
 """Training data: readers, decoded stores, clip samplers and batched augmentation."""
 
 from .clips import ClipSampler, ClipSpec, Prefetcher, RawBatch

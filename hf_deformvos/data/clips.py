@@ -1,4 +1,3 @@
-# Copyright 2025 The hf_deformvos authors. Licensed under the Apache License, Version 2.0.
 """Samplers: batches of raw clips, cut from decoded frames, that depend on nothing but a seed and a batch number."""
 
 from __future__ import annotations

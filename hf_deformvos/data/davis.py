@@ -1,5 +1,4 @@
-# Copyright 2025 The hf_deformvos authors. Licensed under the Apache License, Version 2.0.
-"""Video in DAVIS layout: JPEGImages/480p/<sequence>/*.jpg, Annotations/480p/<sequence>/*.png, ImageSets/<year>/*.txt."""
+"""Video in DAVIS layout: JPEGImages/480p/<sequence>/*.jpg, Annotations/480p/<sequence>/*.png, ImageSets."""
 
 from __future__ import annotations
 
@@ -77,9 +76,7 @@ def list_davis(root: str | Path, sequences: Sequence[str]) -> list[FrameEntry]:
         frames = sorted(path for path in (images / name).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
         missing = [path.stem for path in frames if not (masks / name / f"{path.stem}.png").is_file()]
         if missing:
-            logger.warning(
-                f"{name}: {len(missing)} frames have no mask and are left out: {', '.join(missing[:5])} ..."
-            )
+            logger.warning(f"{name}: {len(missing)} frames without a mask are left out: {', '.join(missing[:5])} ...")
         known = set(missing)
         entries += [FrameEntry(name, p, masks / name / f"{p.stem}.png") for p in frames if p.stem not in known]
     return entries

@@ -1,4 +1,3 @@
-# Copyright 2025 The hf_deformvos authors. Licensed under the Apache License, Version 2.0.
 """Sets of still images with masks: DIR/<set>/{images,masks}/<name>.{jpg,png,webp}."""
 
 from __future__ import annotations

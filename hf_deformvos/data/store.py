@@ -1,4 +1,3 @@
-# Copyright 2025 The hf_deformvos authors. Licensed under the Apache License, Version 2.0.
 """Frames and masks decoded once into flat uint8 arrays on disk, so that a training step reads plain memory."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# Copyright 2025 The hf_deformvos authors. Licensed under the Apache License, Version 2.0.
 """Batched augmentation on the device: warps, colour, pasted objects and look-alikes, all from one generator."""
 
 from __future__ import annotations

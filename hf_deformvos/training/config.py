@@ -1,0 +1,212 @@
+"""Settings of a training run: one dataclass that is also the command line and the content of configuration files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from ..data.clips import ClipSpec
+from ..data.transforms import AugmentConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    One part of the curriculum.
+
+    Args:
+        until (`float`): Progress in (0, 1] at which the stage ends.
+        size (`tuple[int, int]`): Height and width of the clips, of the form 16k+1.
+        frames (`int`): Frames a clip, at least 2.
+        batch (`int`): Clips a process and forward pass.
+        video_share, max_gap, paste, distractor (*optional*): Override the run's value during this stage.
+    """
+
+    until: float
+    size: tuple[int, int]
+    frames: int
+    batch: int
+    video_share: float | None = None
+    max_gap: int | None = None
+    paste: float | None = None
+    distractor: float | None = None
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Stage:
+        """Builds a stage from a mapping, naming what is wrong with it."""
+        unknown = set(values) - {item.name for item in fields(cls)}
+        missing = {"until", "size", "frames", "batch"} - set(values)
+        if unknown or missing:
+            raise ValueError(f"A stage has until, size, frames, batch and overrides: missing {missing}, got {values}.")
+        return cls(**{**values, "size": tuple(values["size"])})
+
+    def __post_init__(self):
+        if not 0 < self.until <= 1:
+            raise ValueError(f"A stage's `until` must be in (0, 1], got {self.until}.")
+        if len(self.size) != 2 or any(side < 17 or side % 16 != 1 for side in self.size):
+            raise ValueError(f"A stage's `size` must be two numbers of the form 16k+1, got {self.size}.")
+        if self.frames < 2 or self.batch < 1:
+            raise ValueError(f"A stage needs frames >= 2 and batch >= 1, got {self.frames} and {self.batch}.")
+
+
+DEFAULT_STAGES = (
+    {"until": 0.4, "size": [193, 321], "frames": 3, "batch": 8},
+    {"until": 0.8, "size": [257, 449], "frames": 3, "batch": 4},
+    {"until": 1.0, "size": [321, 577], "frames": 4, "batch": 2},
+)
+
+
+def _help(default, text: str):
+    """A dataclass field whose help is also the command line's."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class TrainingConfig:
+    """Every setting of `train_distill.py`; each field's help text is its documentation."""
+
+    output_dir: str = _help("outputs/student", "Folder of checkpoints, logs and the trained model.")
+    student: str = _help(
+        "none", "Model folder or Hub repository, a config .json for a fresh model, or none (defaults)."
+    )
+    init_backbone: str | None = _help(None, "Safetensors file with pretrained backbone weights for a fresh student.")
+    supervision: str = _help("labels", "What the student learns from: labels, pseudo (a teacher's masks) or both.")
+    teacher: str | None = _help(None, "Model folder or Hub repository of the teacher.")
+
+    davis_dirs: list[str] = _help(
+        [], "DAVIS-layout folders to train on; append :merge or :ids to force the mask rule."
+    )
+    static_dirs: list[str] = _help([], "Folders of image sets (each with images/ and masks/).")
+    merged_sets: list[str] = _help(["ccp-clothing"], "Image sets whose mask ids are all parts of one object.")
+    video_short_side: int = _help(480, "Short side of decoded video frames, in pixels.")
+    static_short_side: int = _help(288, "Largest short side of decoded still images, in pixels.")
+    cache_dir: str | None = _help(None, "Where decoded data are kept; default $DEFORMVOS_CACHE or ~/.cache/deformvos.")
+    on_data_error: str = _help("skip", "What to do with unreadable files: skip (and report) or raise.")
+    data_workers: int = _help(1, "Threads that prepare coming batches; 0 prepares them in the training loop.")
+
+    stages: str | None = _help(None, "Curriculum: a JSON list of stages, or a path to one; default three stages.")
+    video_share: float = _help(0.5, "Share of clips that are cut from videos; the others are warped still images.")
+    max_gap: int = _help(10, "Largest distance of neighbouring frames of a video clip.")
+    max_objects: int = _help(3, "Most labelled objects taken from one source.")
+    paste: float = _help(0.4, "Probability of pasting another clip's object as one more labelled object.")
+    distractor: float = _help(0.4, "Probability of an unlabelled look-alike that moves by itself.")
+    occluder: float = _help(0.1, "Probability of a moving occluder.")
+    color: float = _help(1.0, "Strength of colour changes.")
+    motion: float = _help(1.0, "Strength of the motion made up for still images.")
+
+    own_masks_start: float = _help(0.0, "Probability, at first, that memory is written with the student's own masks.")
+    own_masks_end: float = _help(0.9, "The same probability at the end of its growth.")
+    own_masks_from: float = _help(0.1, "Progress at which the probability of own masks starts to grow.")
+    own_masks_until: float = _help(0.7, "Progress at which it is fully grown.")
+    memory_interval: int | None = _help(
+        None, "Every how many frames the long-term bank is written; default the model's."
+    )
+
+    ce_weight: float = _help(0.5, "Weight of the bootstrapped cross-entropy.")
+    jaccard_weight: float = _help(0.5, "Weight of the soft Jaccard loss.")
+    bootstrap_share: float = _help(0.25, "Share of hardest pixels that the cross-entropy keeps after its warm-up.")
+    bootstrap_warm_up: float = _help(0.3, "Progress over which that share falls from 1.")
+
+    max_train_steps: int | None = _help(None, "Optimizer steps of the whole run.")
+    max_train_minutes: float | None = _help(None, "Minutes of training of the whole run, resumed parts included.")
+    learning_rate: float = _help(1e-3, "Peak learning rate.")
+    backbone_lr_scale: float = _help(0.1, "Factor on the learning rate of the backbone.")
+    offset_lr_scale: float = _help(0.3, "Factor on the learning rate of parameters with `offset` in their names.")
+    warm_up: float = _help(0.05, "Progress over which the learning rate rises.")
+    poly_power: float = _help(0.9, "Power of the polynomial decay.")
+    weight_decay: float = _help(0.01, "Weight decay of matrices and kernels; norms and biases have none.")
+    max_grad_norm: float = _help(5.0, "Largest gradient norm.")
+    ema_decay: float = _help(0.999, "Decay of the averaged weights, which are what is released.")
+    freeze: list[str] = _help([], "Prefixes of parameter names that are not trained.")
+
+    gradient_accumulation_steps: int = _help(1, "Forward passes a step.")
+    mixed_precision: str = _help("bf16", "no, bf16 or fp16.")
+    gradient_checkpointing: bool = _help(False, "Trade time for memory in the backward pass.")
+    channels_last: bool = _help(True, "Keep convolution weights in channels-last memory format.")
+    seed: int = _help(0, "Seed of weights, clips and augmentation.")
+
+    checkpointing_steps: int = _help(500, "Steps between checkpoints; 0 writes none.")
+    checkpoints_total_limit: int = _help(3, "Most checkpoints kept; 0 keeps all.")
+    resume_from_checkpoint: str | None = _help(
+        None, "A checkpoint folder, or latest (starts afresh if there is none)."
+    )
+    logging_steps: int = _help(20, "Steps between log lines.")
+    with_tracking: bool = _help(False, "Write TensorBoard files below output_dir.")
+    eval_steps: int = _help(0, "Steps between evaluations on held-out sequences; 0 never evaluates.")
+    eval_dir: str | None = _help(
+        None, "DAVIS-layout folder with the held-out sequences; default the first davis_dirs."
+    )
+    push_to_hub: bool = _help(False, "Upload the trained model at the end.")
+    hub_model_id: str | None = _help(None, "Repository to upload to.")
+
+    def __post_init__(self):
+        if self.supervision not in ("labels", "pseudo", "both"):
+            raise ValueError(f"`supervision` must be labels, pseudo or both, got {self.supervision!r}.")
+        if self.mixed_precision not in ("no", "bf16", "fp16"):
+            raise ValueError(f"`mixed_precision` must be no, bf16 or fp16, got {self.mixed_precision!r}.")
+        for name in ("video_share", "own_masks_start", "own_masks_end", "paste", "distractor", "occluder"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must be between 0 and 1, got {getattr(self, name)}.")
+        for name in ("gradient_accumulation_steps", "logging_steps", "max_gap", "max_objects"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if not 0 < self.bootstrap_share <= 1:
+            raise ValueError(f"`bootstrap_share` must be in (0, 1], got {self.bootstrap_share}.")
+        if self.push_to_hub and not self.hub_model_id:
+            raise ValueError("`push_to_hub` needs `hub_model_id`, the repository to upload to.")
+        self._stages = self._parse_stages()
+
+    def _parse_stages(self) -> list[Stage]:
+        """The curriculum, in order, checked."""
+        values = self.stages if self.stages is not None else list(DEFAULT_STAGES)
+        if isinstance(values, str):
+            text = values if values.lstrip().startswith("[") else Path(values).read_text()
+            try:
+                values = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"`stages` must be a JSON list or a path to one: {error}; got {text[:80]!r}."
+                ) from error
+        stages = [Stage.from_dict(item) for item in values]
+        ends = [stage.until for stage in stages]
+        if not ends or ends != sorted(set(ends)) or ends[-1] != 1.0:
+            raise ValueError(f"The stages' `until` must rise and end with 1.0, got {ends}.")
+        return stages
+
+    def stage_at(self, progress: float) -> Stage:
+        """The stage that a progress in [0, 1] falls into."""
+        return next((stage for stage in self._stages if progress < stage.until), self._stages[-1])
+
+    def clip_spec(self, stage: Stage) -> ClipSpec:
+        """What the sampler shall draw in a stage."""
+        return ClipSpec(
+            size=stage.size,
+            frames=stage.frames,
+            batch=stage.batch,
+            video_share=self.video_share if stage.video_share is None else stage.video_share,
+            max_gap=self.max_gap if stage.max_gap is None else stage.max_gap,
+            max_objects=self.max_objects,
+        )
+
+    def augmentation(self, stage: Stage) -> AugmentConfig:
+        """How clips are augmented in a stage."""
+        return AugmentConfig(
+            paste=self.paste if stage.paste is None else stage.paste,
+            distractor=self.distractor if stage.distractor is None else stage.distractor,
+            occluder=self.occluder,
+            color=self.color,
+            motion=self.motion,
+        )
+
+    def own_mask_probability(self, progress: float) -> float:
+        """Probability that memory is written with the student's own masks."""
+        span = max(self.own_masks_until - self.own_masks_from, 1e-9)
+        share = min(1.0, max(0.0, (progress - self.own_masks_from) / span))
+        return self.own_masks_start + share * (self.own_masks_end - self.own_masks_start)
+
+    def to_dict(self) -> dict:
+        """Plain values, as written into logs and results."""
+        return asdict(self)

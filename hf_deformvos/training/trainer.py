@@ -1,0 +1,442 @@
+"""The training loop: schedule, optimizer, averaged weights, checkpoints that resume exactly, logs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.utils import logging
+
+from ..data.clips import ClipSampler, Prefetcher
+from ..data.transforms import augment_clips
+from .checkpoint import STATE_FILE, find_checkpoint, write_checkpoint
+from .config import Stage, TrainingConfig
+from .ema import WeightAverage
+from .losses import bootstrap_share
+from .task import SegmentationTask, StepPlan
+
+
+logger = logging.get_logger(__name__)
+
+_MAX_SKIPPED_STEPS = 20
+
+
+def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict]:
+    """
+    Trainable parameters by learning rate and weight decay.
+
+    Args:
+        model (`nn.Module`): Its submodule `backbone` and parameters with `offset` in their names get rates of their own.
+        config ([`TrainingConfig`]): Rates, decay and frozen prefixes.
+
+    Returns:
+        `list[dict]` for an optimizer; `lr_scale` is the factor on the scheduled rate.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if any(name.startswith(prefix) for prefix in config.freeze):
+            parameter.requires_grad_(False)
+        if not parameter.requires_grad:
+            continue
+        scale = config.backbone_lr_scale if name.startswith("backbone.") else 1.0
+        scale = config.offset_lr_scale if "offset" in name else scale
+        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((scale, decay), []).append(parameter)
+    return [
+        {"params": parameters, "lr": config.learning_rate * scale, "lr_scale": scale, "weight_decay": decay}
+        for (scale, decay), parameters in groups.items()
+    ]
+
+
+def learning_rate_factor(progress: float, step: int, warm_up: float, power: float) -> float:
+    """Share of the peak learning rate: a linear rise over `warm_up`, times polynomial decay to 0 at progress 1."""
+    rise = 1.0 if warm_up <= 0 else min(1.0, progress / warm_up)
+    # The very first steps of a run that is driven by time or has many steps would otherwise do nothing.
+    rise = max(rise, min(1.0, (step + 1) * 1e-3))
+    return rise * (1.0 - min(1.0, progress)) ** power
+
+
+def step_generator(seed: int, index: int) -> torch.Generator:
+    """The generator of batch number `index`: nothing random in a step depends on the steps before it."""
+    digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+class Trainer:
+    """
+    Trains a task's student.
+
+    Args:
+        config ([`TrainingConfig`]): Settings.
+        task ([`SegmentationTask`]): Holds the student; its `forward` returns named losses.
+        sampler ([`ClipSampler`]): Source of raw clips.
+        processor (*optional*): Saved beside the model.
+        evaluate (`Callable[[nn.Module, torch.device], dict[str, float]]`, *optional*): Called on the averaged weights
+            every `config.eval_steps` steps; the checkpoint with the highest `eval_j` is kept in `best/`.
+        accelerator (`Accelerator`, *optional*): Default one from the configuration.
+
+    Raises:
+        ValueError: If neither steps nor minutes limit the run, or supervision needs a teacher that is not there.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        task: SegmentationTask,
+        sampler: ClipSampler,
+        processor=None,
+        evaluate: Callable[[nn.Module, torch.device], dict[str, float]] | None = None,
+        accelerator: Accelerator | None = None,
+    ):
+        if not config.max_train_steps and not config.max_train_minutes:
+            raise ValueError("A run needs `max_train_steps` or `max_train_minutes`, got neither.")
+        if config.supervision != "labels" and task.teacher is None:
+            raise ValueError(
+                f"`supervision` {config.supervision!r} needs a teacher to make pseudo-labels; give `teacher`, or use "
+                "supervision labels."
+            )
+        self.config, self.task, self.sampler, self.processor, self.evaluate = (
+            config,
+            task,
+            sampler,
+            processor,
+            evaluate,
+        )
+        self.output_dir = Path(config.output_dir)
+        self.accelerator = accelerator or make_accelerator(config)
+        student = task.student
+        if config.gradient_checkpointing:
+            student.gradient_checkpointing_enable()
+        student.to(self.accelerator.device)
+        if config.channels_last:
+            student.to(memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(parameter_groups(student, config), lr=config.learning_rate)
+        self.student = student
+        self.average = WeightAverage(student, config.ema_decay)
+        task.student, self.optimizer = self.accelerator.prepare(student, optimizer)
+        if task.teacher is not None:
+            task.teacher.to(self.accelerator.device)
+        self.step = 0
+        self.elapsed = 0.0
+        self.clips = 0
+        self.best = -math.inf
+        self._skipped = 0
+        self._history: list[dict] = []
+        self._evaluation: dict[str, float] = {}
+
+    # ---- schedule ---------------------------------------------------------------------------------------------------
+
+    def progress_at(self, step: int, elapsed: float) -> float:
+        """Share of the run that is done: by steps or by minutes, whichever is further."""
+        shares = [0.0]
+        if self.config.max_train_steps:
+            shares.append(step / self.config.max_train_steps)
+        if self.config.max_train_minutes:
+            shares.append(elapsed / (60 * self.config.max_train_minutes))
+        return min(1.0, max(shares))
+
+    def _shared_progress(self) -> float:
+        """Progress that all processes agree on."""
+        progress = self.progress_at(self.step, self.elapsed)
+        if self.config.max_train_minutes and self.accelerator.num_processes > 1:
+            tensor = torch.tensor(progress, dtype=torch.float64, device=self.accelerator.device)
+            progress = float(broadcast(tensor))
+        return progress
+
+    # ---- loop -------------------------------------------------------------------------------------------------------
+
+    def train(self) -> dict:
+        """
+        Runs until the steps or minutes are used up, then saves the averaged weights and `all_results.json`.
+
+        Returns:
+            `dict`: the results.
+        """
+        config = self.config
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        if config.resume_from_checkpoint:
+            self._resume()
+        if config.with_tracking:
+            self.accelerator.init_trackers("deformvos", config={k: str(v) for k, v in config.to_dict().items()})
+        world = self.accelerator.num_processes
+        prefetcher = Prefetcher(
+            self._draw,
+            first=self.step * config.gradient_accumulation_steps * world + self.accelerator.process_index,
+            stride=world,
+            workers=config.data_workers,
+        )
+        self.task.train()
+        self._clock = time.perf_counter()
+        try:
+            while (progress := self._shared_progress()) < 1.0:
+                self._record(self._train_step(prefetcher, progress), progress)
+                if config.eval_steps and self.step % config.eval_steps == 0:
+                    self._run_evaluation()
+                if config.checkpointing_steps and self.step % config.checkpointing_steps == 0:
+                    self.save_checkpoint()
+        finally:
+            prefetcher.close()
+        return self._finish()
+
+    def _draw(self, index: int):
+        """Raw batch number `index` and its stage; runs in a worker thread, ahead of the step."""
+        step = index // (self.config.gradient_accumulation_steps * self.accelerator.num_processes)
+        stage = self.config.stage_at(self.progress_at(step, self.elapsed))
+        return index, stage, self.sampler(index, self.config.clip_spec(stage))
+
+    def _train_step(self, prefetcher: Prefetcher, progress: float) -> dict[str, float]:
+        """One optimizer step; returns losses and where the time went, in seconds."""
+        config, accelerator = self.config, self.accelerator
+        factor = learning_rate_factor(progress, self.step, config.warm_up, config.poly_power)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * group["lr_scale"] * factor
+        plan = StepPlan(
+            own_masks=config.own_mask_probability(progress),
+            bootstrap_share=bootstrap_share(progress, config.bootstrap_warm_up, config.bootstrap_share),
+        )
+        totals: dict[str, torch.Tensor] = {}
+        times = {"wait": 0.0, "augment": 0.0}
+        clips = 0
+        for part in range(config.gradient_accumulation_steps):
+            last = part == config.gradient_accumulation_steps - 1
+            started = time.perf_counter()
+            index, stage, raw = prefetcher.get()
+            arrived = time.perf_counter()
+            batch, generator = self._augment(index, stage, raw)
+            times["wait"] += arrived - started
+            times["augment"] += time.perf_counter() - arrived
+            # Anything in the student that draws from the global generators is tied to the batch number, too.
+            torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+            with _sync(accelerator, self.task.student, last), accelerator.autocast():
+                losses = self.task(batch, plan, generator)
+                accelerator.backward(losses["loss"] / config.gradient_accumulation_steps)
+            for name, value in losses.items():
+                totals[name] = totals.get(name, 0) + value.detach().float() / config.gradient_accumulation_steps
+            clips += len(raw.masks) * accelerator.num_processes
+        norm = accelerator.clip_grad_norm_(self.task.student.parameters(), config.max_grad_norm)
+        self._apply(norm)
+        self.clips += clips
+        self.step += 1
+        now = time.perf_counter()
+        spent, self._clock = now - self._clock, now
+        self.elapsed += spent
+        record = {name: value for name, value in totals.items()}
+        return {
+            **record,
+            "grad_norm": norm,
+            "lr": config.learning_rate * factor,
+            "clips": clips,
+            "time": spent,
+            **times,
+        }
+
+    def _augment(self, index: int, stage: Stage, raw):
+        """Augments on the device; returns the batch and the generator for the rest of the step's draws."""
+        generator = step_generator(self.config.seed, index)
+        return augment_clips(raw, self.config.augmentation(stage), generator, self.accelerator.device), generator
+
+    def _apply(self, norm: torch.Tensor) -> None:
+        """Updates weights and their average; a step whose gradient is not finite is skipped and counted."""
+        if torch.isfinite(torch.as_tensor(norm)):
+            self.optimizer.step()
+            self.average.update(self.student)
+            self._skipped = 0
+        elif self.config.mixed_precision == "fp16":
+            # The gradient scaler skips the step itself and lowers its scale.
+            self.optimizer.step()
+        else:
+            self._skipped += 1
+            logger.warning(f"Step {self.step}: the gradient is not finite; the step is skipped.")
+            if self._skipped >= _MAX_SKIPPED_STEPS:
+                raise RuntimeError(
+                    f"{self._skipped} steps in a row had gradients that are not finite; training stops."
+                )
+        self.optimizer.zero_grad(set_to_none=True)
+
+    # ---- logs -------------------------------------------------------------------------------------------------------
+
+    def _record(self, record: dict, progress: float) -> None:
+        """Collects a step's figures and logs their means every `logging_steps` steps."""
+        self._history.append(record)
+        if self.step % self.config.logging_steps and progress < 1.0:
+            return
+        means = {name: float(sum(float(item[name]) for item in self._history)) / len(self._history) for name in record}
+        total = sum(item["time"] for item in self._history)
+        line = {
+            "step": self.step,
+            "progress": round(self.progress_at(self.step, self.elapsed), 4),
+            **{name: value for name, value in means.items() if name.startswith("loss") or name in ("grad_norm", "lr")},
+            "clips_per_second": sum(item["clips"] for item in self._history) / total,
+            "data_wait_share": sum(item["wait"] for item in self._history) / total,
+            "augment_share": sum(item["augment"] for item in self._history) / total,
+            "elapsed": self.elapsed,
+        }
+        self._history.clear()
+        self._last_line = line
+        if not self.accelerator.is_main_process:
+            return
+        done = line["progress"]
+        remaining = (self.elapsed - getattr(self, "_resumed_at", 0.0)) / max(done - getattr(self, "_from", 0.0), 1e-6)
+        losses = " ".join(f"{name} {value:.4f}" for name, value in line.items() if name.startswith("loss"))
+        logger.info(
+            f"step {self.step} ({done:.1%}) {losses} grad {line['grad_norm']:.2f} lr {line['lr']:.2e} "
+            f"{line['clips_per_second']:.2f} clips/s wait {line['data_wait_share']:.1%} "
+            f"augment {line['augment_share']:.1%} eta {remaining * (1 - done) / 60:.1f} min"
+        )
+        with open(self.output_dir / "log.jsonl", "a") as handle:
+            handle.write(json.dumps(line) + "\n")
+        if self.config.with_tracking:
+            self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=self.step)
+
+    def _run_evaluation(self) -> None:
+        """Scores the averaged weights and keeps the best."""
+        if self.evaluate is None or not self.accelerator.is_main_process:
+            self.accelerator.wait_for_everyone()
+            return
+        current = {name: value.clone() for name, value in self.student.state_dict().items()}
+        self.student.load_state_dict(self.average.weights)
+        self._evaluation = self.evaluate(self.student, self.accelerator.device)
+        self.student.load_state_dict(current)
+        self.task.train()
+        score = self._evaluation.get("eval_j", -math.inf)
+        logger.info(f"step {self.step} eval_j {score:.4f}")
+        with open(self.output_dir / "log.jsonl", "a") as handle:
+            handle.write(json.dumps({"step": self.step, **self._evaluation}) + "\n")
+        if self.config.with_tracking:
+            self.accelerator.log(self._evaluation, step=self.step)
+        if score > self.best:
+            self.best = score
+            self.save_release(self.output_dir / "best")
+        # Not part of the time that the schedule counts.
+        self._clock = time.perf_counter()
+        self.accelerator.wait_for_everyone()
+
+    # ---- files ------------------------------------------------------------------------------------------------------
+
+    def save_release(self, folder: str | Path) -> None:
+        """Writes the averaged weights as a model folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: value.contiguous() for name, value in self.average.weights.items()}
+        if hasattr(self.student, "save_pretrained"):
+            self.student.save_pretrained(folder, state_dict=weights)
+        else:
+            save_file(weights, folder / "model.safetensors")
+        if self.processor is not None:
+            self.processor.save_pretrained(folder)
+
+    def save_checkpoint(self) -> None:
+        """Writes `checkpoint-<step>`: a model folder with the averaged weights, and all that resuming needs."""
+        if self.accelerator.is_main_process:
+
+            def write(folder: Path) -> None:
+                self.save_release(folder)
+                state = folder / "training"
+                state.mkdir()
+                student = {name: value.contiguous() for name, value in self.student.state_dict().items()}
+                save_file(student, state / "student.safetensors")
+                save_file({n: v.contiguous() for n, v in self.average.weights.items()}, state / "average.safetensors")
+                optimizer = {"optimizer": self.optimizer.state_dict()}
+                if self.accelerator.scaler is not None:
+                    optimizer["scaler"] = self.accelerator.scaler.state_dict()
+                torch.save(optimizer, state / "optimizer.pt")
+
+            state = {
+                "step": self.step,
+                "elapsed": self.elapsed,
+                "clips": self.clips,
+                "best": self.best if math.isfinite(self.best) else None,
+                "average_updates": self.average.updates,
+                "config": self.config.to_dict(),
+            }
+            path = write_checkpoint(self.output_dir, self.step, write, state, self.config.checkpoints_total_limit)
+            logger.info(f"step {self.step}: wrote {path}")
+        self._clock = time.perf_counter()
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        """Continues from a checkpoint, exactly."""
+        path = find_checkpoint(self.output_dir, self.config.resume_from_checkpoint)
+        if path is None:
+            logger.warning(f"No checkpoint in {self.output_dir}; training starts afresh.")
+            return
+        state = json.loads((path / STATE_FILE).read_text())
+        self.student.load_state_dict(load_file(path / "training" / "student.safetensors"))
+        self.average.load(load_file(path / "training" / "average.safetensors"), state["average_updates"])
+        saved = torch.load(path / "training" / "optimizer.pt", map_location="cpu", weights_only=True)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.accelerator.scaler is not None and "scaler" in saved:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        self.step, self.elapsed, self.clips = state["step"], state["elapsed"], state["clips"]
+        self.best = -math.inf if state["best"] is None else state["best"]
+        self._resumed_at, self._from = self.elapsed, self.progress_at(self.step, self.elapsed)
+        logger.info(f"Resumed from {path} at step {self.step}, {self.elapsed / 60:.1f} minutes.")
+
+    def _finish(self) -> dict:
+        """Saves the model and the results."""
+        if self.evaluate is not None and self.config.eval_steps:
+            self._run_evaluation()
+        results = {
+            "steps": self.step,
+            "minutes": self.elapsed / 60,
+            "clips": self.clips,
+            "parameters": sum(parameter.numel() for parameter in self.student.parameters()),
+            **{
+                name: value
+                for name, value in getattr(self, "_last_line", {}).items()
+                if name not in ("step", "elapsed")
+            },
+            **self._evaluation,
+            "config": self.config.to_dict(),
+        }
+        if self.accelerator.is_main_process:
+            self.save_release(self.output_dir)
+            weights = (self.output_dir / "model.safetensors").read_bytes()
+            results["sha256"] = hashlib.sha256(weights).hexdigest()
+            (self.output_dir / "all_results.json").write_text(json.dumps(results, indent=2) + "\n")
+            logger.info(f"Wrote {self.output_dir / 'model.safetensors'} after {self.step} steps, {self.clips} clips.")
+            if self.config.push_to_hub:
+                self._push()
+        self.accelerator.wait_for_everyone()
+        if self.config.with_tracking:
+            self.accelerator.end_training()
+        return results
+
+    def _push(self) -> None:
+        """Uploads the model folder's release files, nothing else."""
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(self.config.hub_model_id, exist_ok=True)
+        api.upload_folder(
+            repo_id=self.config.hub_model_id,
+            folder_path=self.output_dir,
+            allow_patterns=["*.safetensors", "*config.json", "README.md", "all_results.json"],
+            ignore_patterns=["checkpoint-*/*", "best/*"],
+        )
+
+
+def make_accelerator(config: TrainingConfig) -> Accelerator:
+    """The accelerator of a run: precision, tracking, and data parallelism that tolerates unused parameters."""
+    return Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with="tensorboard" if config.with_tracking else None,
+        project_dir=config.output_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+def _sync(accelerator: Accelerator, model: nn.Module, last: bool):
+    """Gradients travel between processes only after a step's last part."""
+    from contextlib import nullcontext
+
+    return nullcontext() if last else accelerator.no_sync(model)

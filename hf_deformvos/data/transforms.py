@@ -68,7 +68,7 @@ class ClipBatch:
     Args:
         pixel_values (`torch.Tensor` of shape `(batch, frames, 3, height, width)`): Normalized with ImageNet's mean and
             standard deviation, float32.
-        id_masks (`torch.Tensor` of shape `(batch, frames, height, width)`): int64; 0 background, 1..N objects, 255 void.
+        id_masks (`torch.Tensor` of shape `(batch, frames, height, width)`): int64; 0 background, 1..N, 255 void.
         object_valid (`torch.Tensor` of shape `(batch, num_objects)`): bool; which objects the first frame shows.
     """
 
@@ -127,7 +127,7 @@ def augment_clips(
 
 
 def identity_grid(size: tuple[int, int], device: torch.device | str) -> torch.Tensor:
-    """Sampling grid `(height, width, 2)` of (x, y) in [-1, 1], `align_corners=True`, that stretches source to output."""
+    """Sampling grid `(height, width, 2)` of (x, y) in [-1, 1] that stretches source to output."""
     y = torch.linspace(-1, 1, size[0], device=device)
     x = torch.linspace(-1, 1, size[1], device=device)
     return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
@@ -206,7 +206,7 @@ def motion_grid(
             source's centre.
         size (`tuple[int, int]`): Output height and width.
         source (`tuple[int, int]`): Source height and width.
-        bend (`torch.Tensor` of shape `(..., 2, coarse_height, coarse_width)`, *optional*): Displacements in grid units.
+        bend (`torch.Tensor` of shape `(..., 2, coarse_height, coarse_width)`, *optional*): Added, in grid units.
 
     Returns:
         `torch.Tensor` of shape `(..., height, width, 2)`, for `grid_sample(align_corners=True)`.

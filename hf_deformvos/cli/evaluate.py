@@ -1,0 +1,150 @@
+"""`deformvos evaluate`: runs a model over a benchmark and reports accuracy, speed and memory."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .score import Table, add_dataset_arguments, at_least, load_dataset
+
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_DESCRIPTION = """\
+Run a model over a benchmark, one frame at a time, and report region similarity J and boundary accuracy F (mean, recall
+above 0.5, decay) by the protocol of the benchmark, with frames a second, network time and peak memory beside them. FPS
+counts decoding, resizing, network, masks at full size and their files, one after the other; scoring is not counted."""
+
+
+def add_parser(subparsers) -> None:
+    """Adds the subcommand."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="run a model over a benchmark and score it",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", metavar="DIR_OR_REPO", required=True, help="folder or Hub repository")
+    add_dataset_arguments(parser)
+    parser.add_argument(
+        "--all-frames",
+        action="store_true",
+        help="YouTube-VOS: stream the frames between the sampled ones too, from valid_all_frames",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (default: the fastest present)")
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, default="float32", help="precision of the network (default float32)"
+    )
+    parser.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads of all workers together")
+    parser.add_argument(
+        "--workers",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="processes, each taking whole sequences (default 1)",
+    )
+    parser.add_argument(
+        "--short-side",
+        type=at_least(1),
+        metavar="N",
+        help="short side of the network's input (default: the processor's)",
+    )
+    parser.add_argument(
+        "--memory-interval", type=at_least(1), metavar="N", help="every N frames one enters the long-term memory"
+    )
+    parser.add_argument(
+        "--save-masks",
+        metavar="DIR",
+        help="write DIR/SEQUENCE/00000.png, ... (palette PNG); for YouTube-VOS also DIR/submission.zip",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="take up sequences whose masks in --save-masks are all there, unless changed",
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="write every number, the settings, versions and the weights' sha256"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command."""
+    from ..evaluation.runner import RunnerConfig, evaluate, write_json
+
+    config = RunnerConfig(
+        model=arguments.model,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        num_threads=arguments.threads,
+        short_side=arguments.short_side,
+        memory_interval=arguments.memory_interval,
+        save_masks=arguments.save_masks,
+        resume=arguments.resume,
+    )
+    dataset = load_dataset(arguments, all_frames=arguments.all_frames)
+    result = _evaluate_with_table(dataset, config, arguments.workers, evaluate)
+    if config.save_masks and dataset.name.startswith("youtubevos"):
+        from ..evaluation.youtube_vos import write_submission
+
+        submission = Path(config.save_masks, "submission.zip")
+        count = write_submission(config.save_masks, dataset, submission)
+        print(f"{submission}: {count} masks of {len(dataset.sequences)} videos for the evaluation server")
+    if arguments.json:
+        from ..evaluation.report import run_as_dict
+
+        write_json(arguments.json, run_as_dict(result, ["deformvos", *sys.argv[1:]]))
+        print(f"wrote {arguments.json}")
+    return 0
+
+
+def _evaluate_with_table(dataset, config, num_workers: int, evaluate):
+    """Evaluates and prints the table, each sequence as soon as it is done."""
+    from ..evaluation import report
+
+    sequences = {sequence.name: sequence for sequence in dataset.sequences}
+    table = Table(report.table_header())
+
+    def add_row(result) -> None:
+        sequence = sequences[result.score.name]
+        table.add(report.result_row(result, len(sequence.images), len(sequence.objects)))
+
+    result = evaluate(dataset, config, num_workers, add_row)
+    scores = [item.score for item in result.results]
+    print(report.total_row(dataset, scores, [item.timing for item in result.results if item.timing]))
+    classes = report.class_lines(dataset, scores)
+    if classes:
+        print(classes)
+    if not dataset.has_ground_truth:
+        print("no scores: this split has first masks alone")
+    print("\n".join(_facts(result)))
+    return result
+
+
+def _facts(result) -> list[str]:
+    """What the numbers above belong to."""
+    from ..evaluation.report import summarize_speed
+
+    hardware, facts = result.hardware, result.facts
+    speed = summarize_speed(item.timing for item in result.results if item.timing)
+    lines = [
+        f"{hardware['device_name']}, {hardware['processes']} process(es) of {hardware['threads_per_process']} "
+        f"thread(s), {hardware['dtype']}, torch {result.versions['torch']}"
+    ]
+    if facts is not None:
+        line = f"{facts.num_parameters / 1e6:.2f} M parameters"
+        if facts.macs is not None:
+            height, width = facts.macs_network_size
+            line += (
+                f", {facts.macs / 1e9:.2f} GMACs a frame at {height}x{width} with {facts.macs_num_objects} object(s)"
+            )
+        lines.append(line)
+    if speed["peak_memory_bytes"] is not None:
+        line = f"peak memory {speed['peak_memory_bytes'] / 2**20:.0f} MiB a process"
+        if speed["peak_device_memory_bytes"] is not None:
+            line += f", {speed['peak_device_memory_bytes'] / 2**20:.0f} MiB on the device"
+        lines.append(line)
+    if result.weights_sha256:
+        lines.append(f"weights sha256 {result.weights_sha256}")
+    return lines
+
+
+__all__ = ["add_parser", "run"]

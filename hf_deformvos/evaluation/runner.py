@@ -1,0 +1,565 @@
+"""Runs a model over a benchmark, a frame at a time, and measures accuracy, speed and memory together."""
+
+import hashlib
+import json
+import os
+import platform
+import statistics as stdlib_statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel, AutoProcessor
+from transformers.utils import cached_file, logging
+
+from ..video.writer import write_palette_png
+from .layouts import EvaluationDataset, EvaluationSequence, limit_short_side
+from .scoring import SequenceScore, SequenceScorer, map_in_processes, score_folder
+
+
+logger = logging.get_logger(__name__)
+
+DTYPES = ("float32", "bfloat16", "float16")
+RUN_FILE = "run.json"
+# The first steps of a stream allocate and pick kernels; the median is taken after them.
+_WARM_UP_FRAMES = 5
+
+
+@dataclass(frozen=True)
+class RunnerConfig:
+    """
+    How a model is run.
+
+    Args:
+        model (`str`): Folder or Hub repository of the weights.
+        device (`str`, *optional*): Such as `"cpu"` or `"cuda:0"`; by default CUDA, then MPS, then the CPU.
+        dtype (`str`, *optional*, defaults to `"float32"`): One of `DTYPES`.
+        num_threads (`int`, *optional*): CPU threads of all processes together; by default what torch takes.
+        short_side (`int`, *optional*): Short side of the network's input in pixels, instead of the processor's.
+        memory_interval (`int`, *optional*): Instead of the configuration's.
+        save_masks (`str`, *optional*): Folder for palette PNGs, `<folder>/<sequence>/<frame>.png`.
+        resume (`bool`, *optional*, defaults to `False`):
+            Whether a sequence whose masks all lie in `save_masks`, of the same weights and settings, is not run again.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    model: str
+    device: str | None = None
+    dtype: str = "float32"
+    num_threads: int | None = None
+    short_side: int | None = None
+    memory_interval: int | None = None
+    save_masks: str | None = None
+    resume: bool = False
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        for name in ("num_threads", "short_side", "memory_interval"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if self.resume and not self.save_masks:
+            raise ValueError("`resume` takes up the masks in `save_masks`, which is not set; name the folder.")
+
+
+@dataclass(frozen=True)
+class StreamTiming:
+    """
+    Speed and memory of one sequence.
+
+    Attributes:
+        num_frames (`int`): Frames streamed.
+        stream_seconds (`float`): Decoding, resizing, network, masks at full size and their files, one after the other.
+        network_ms (`float`, *optional*): Median of the network's time a frame, first frames and new objects left out.
+        network_size (`tuple[int, int]`): Height and width of the network's input.
+        peak_memory_bytes (`int`, *optional*): Peak resident memory of the process so far.
+        peak_device_memory_bytes (`int`, *optional*): Peak memory allocated on a CUDA device so far.
+    """
+
+    num_frames: int
+    stream_seconds: float
+    network_ms: float | None
+    network_size: tuple[int, int]
+    peak_memory_bytes: int | None
+    peak_device_memory_bytes: int | None
+
+    @property
+    def frames_per_second(self) -> float:
+        """Speed of the whole stream."""
+        return self.num_frames / self.stream_seconds
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """
+    Size of the model.
+
+    Attributes:
+        num_parameters (`int`): All parameters.
+        macs (`int`, *optional*): Multiply-accumulates of one step, that of the last frame of the first sequence.
+        macs_network_size (`tuple[int, int]`, *optional*): Height and width of the network's input in that step.
+        macs_num_objects (`int`, *optional*): Objects followed in that step.
+    """
+
+    num_parameters: int
+    macs: int | None = None
+    macs_network_size: tuple[int, int] | None = None
+    macs_num_objects: int | None = None
+
+
+@dataclass(frozen=True)
+class SequenceResult:
+    """What a run yields of one sequence; `timing` and `facts` are missing where saved masks were taken up."""
+
+    score: SequenceScore
+    timing: StreamTiming | None = None
+    facts: ModelFacts | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationRun:
+    """A whole run: what was run, on what, and the result of every sequence."""
+
+    dataset: EvaluationDataset
+    config: RunnerConfig
+    num_workers: int
+    results: tuple[SequenceResult, ...]
+    weights_sha256: str | None
+    hardware: dict
+    versions: dict = field(default_factory=dict)
+
+    @property
+    def facts(self) -> ModelFacts | None:
+        """Size of the model; `None` where every sequence was taken up from saved masks."""
+        known = [result.facts for result in self.results if result.facts is not None]
+        return max(known, key=lambda facts: facts.macs is not None, default=None)
+
+
+class SequenceRunner:
+    """
+    Streams sequences through a model and its processor.
+
+    Args:
+        model: A model with the streaming session interface, in evaluation mode.
+        processor: Its processor.
+        device (`torch.device`): Where the model is.
+        dtype (`torch.dtype`): Of the frames given to it.
+        short_side (`int`, *optional*): Short side of the network's input in pixels, instead of the processor's.
+        save_masks (`Path`, *optional*): Folder for palette PNGs.
+    """
+
+    def __init__(
+        self,
+        model,
+        processor,
+        device: torch.device,
+        dtype: torch.dtype,
+        short_side: int | None = None,
+        save_masks: Path | None = None,
+    ):
+        self.model = model
+        self.processor = processor
+        self.device = device
+        self.dtype = dtype
+        self.size = {} if short_side is None else {"size": {"shortest_edge": short_side}}
+        self.save_masks = save_masks
+
+    def run(self, sequence: EvaluationSequence, count_macs: bool = False) -> SequenceResult:
+        """
+        Follows the objects of a sequence from their first frames on, and scores the masks where there is ground truth.
+
+        Args:
+            sequence ([`EvaluationSequence`]): What to follow.
+            count_macs (`bool`, *optional*, defaults to `False`): Whether to count those of the last step.
+
+        Returns:
+            [`SequenceResult`]
+        """
+        scorer = SequenceScorer(sequence)
+        outputs = set(sequence.output_frames)
+        stream = _Stream(self, sequence)
+        last = sequence.images[-1].stem
+        for path in sequence.images:
+            ids = stream.step(path, count_macs=count_macs and path.stem == last, save=path.stem in outputs)
+            if path.stem in outputs:
+                # Here the clock stands still: scoring is no part of the stream.
+                scorer.update(path.stem, ids)
+        num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        facts = ModelFacts(num_parameters)
+        if stream.macs is not None:
+            facts = ModelFacts(num_parameters, stream.macs, stream.network_size, len(sequence.objects))
+        return SequenceResult(scorer.result(), stream.timing(), facts)
+
+
+class _Stream:
+    """One sequence on its way through the model: the session, the clock, and nothing that grows with the video."""
+
+    def __init__(self, runner: SequenceRunner, sequence: EvaluationSequence):
+        self.runner = runner
+        self.sequence = sequence
+        self.session = runner.processor.init_video_session(video=None, device=runner.device, dtype=runner.dtype)
+        self.next_index = 0
+        self.num_frames = 0
+        self.seconds = 0.0
+        self.step_times: list[float] = []
+        self.macs: int | None = None
+        self.network_size: tuple[int, int] | None = None
+
+    def step(self, path: Path, count_macs: bool, save: bool) -> np.ndarray:
+        """Reads, segments and saves one frame; returns its ids, `uint8` of shape `(height, width)`."""
+        start = time.perf_counter()
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+        size = (image.height, image.width)
+        given = self.sequence.given_mask(path.stem)
+        if given is not None and given.shape != size:
+            raise ValueError(f"The mask of {path} must have its size {size}, got {given.shape}.")
+        if given is None and self.next_index == 0:
+            ids = np.zeros(size, dtype=np.uint8)
+        else:
+            if given is not None:
+                self._add_objects(path.stem, given)
+            ids = self._segment(image, size, count_macs, timed=given is None)
+            if given is not None:
+                # A mask that is given stands as it is.
+                ids = np.where(given > 0, given, ids)
+        if save and self.runner.save_masks is not None:
+            target = mask_path(self.runner.save_masks, self.sequence, path.stem)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_palette_png(target, ids)
+        # Counting takes several times as long as running.
+        if not count_macs:
+            self.seconds += time.perf_counter() - start
+            self.num_frames += 1
+        return ids
+
+    def _add_objects(self, frame: str, given: np.ndarray) -> None:
+        """Gives the session the objects that start in this frame."""
+        object_ids = [item.object_id for item in self.sequence.objects if item.first_frame == frame]
+        self.runner.processor.add_inputs_to_inference_session(
+            self.session,
+            frame_idx=self.next_index,
+            obj_ids=object_ids,
+            input_masks=np.stack([given == object_id for object_id in object_ids]),
+            original_size=given.shape,
+        )
+
+    def _segment(self, image: Image.Image, size: tuple[int, int], count_macs: bool, timed: bool) -> np.ndarray:
+        """The ids that the model sees in one frame."""
+        runner = self.runner
+        image = limit_short_side(image, self.sequence.max_short_side)
+        pixel_values = runner.processor(images=image, return_tensors="pt", **runner.size).pixel_values[0]
+        pixel_values = pixel_values.to(runner.device, runner.dtype)
+        self.network_size = tuple(pixel_values.shape[-2:])
+        output = self._network(pixel_values, timed, count_macs)
+        self.next_index += 1
+        return runner.processor.post_process_id_map(output, original_size=size).astype(np.uint8)
+
+    def _network(self, pixel_values: torch.Tensor, timed: bool, count_macs: bool):
+        """One step of the model, timed or counted."""
+        if count_macs:
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                output = self.runner.model(inference_session=self.session, frame=pixel_values)
+            # The counter takes a multiply-accumulate for two operations.
+            self.macs = counter.get_total_flops() // 2
+            return output
+        _synchronize(self.runner.device)
+        start = time.perf_counter()
+        with torch.no_grad():
+            output = self.runner.model(inference_session=self.session, frame=pixel_values)
+        _synchronize(self.runner.device)
+        if timed:
+            self.step_times.append(time.perf_counter() - start)
+        return output
+
+    def timing(self) -> StreamTiming | None:
+        """Speed and memory so far; `None` where no frame was timed."""
+        if self.num_frames == 0:
+            return None
+        steady = self.step_times[_WARM_UP_FRAMES:] or self.step_times
+        on_cuda = self.runner.device.type == "cuda"
+        return StreamTiming(
+            num_frames=self.num_frames,
+            stream_seconds=self.seconds,
+            network_ms=1e3 * stdlib_statistics.median(steady) if steady else None,
+            network_size=self.network_size or (0, 0),
+            peak_memory_bytes=peak_memory(),
+            peak_device_memory_bytes=torch.cuda.max_memory_allocated(self.runner.device) if on_cuda else None,
+        )
+
+
+def load_pretrained(config: RunnerConfig) -> tuple:
+    """Loads the model (in evaluation mode, on its device) and the processor that a [`RunnerConfig`] names."""
+    overrides = {} if config.memory_interval is None else {"memory_interval": config.memory_interval}
+    model = AutoModel.from_pretrained(config.model, dtype=getattr(torch, config.dtype), **overrides)
+    processor = AutoProcessor.from_pretrained(config.model)
+    return model.eval().to(resolve_device(config.device)), processor
+
+
+def resolve_device(device: str | None) -> torch.device:
+    """The device of that name, by default CUDA, then MPS, then the CPU."""
+    if device is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"`device` must be cpu, cuda, cuda:<n> or mps, got {device!r}.") from error
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(resolved.type, False):
+        raise ValueError(f"`device` must be one of this machine, got {device!r}; torch finds no {resolved.type} here.")
+    return resolved
+
+
+def evaluate(
+    dataset: EvaluationDataset,
+    config: RunnerConfig,
+    num_workers: int = 1,
+    progress: Callable[[SequenceResult], None] | None = None,
+    loader: Callable[[RunnerConfig], tuple] = load_pretrained,
+) -> EvaluationRun:
+    """
+    Runs a model over a benchmark.
+
+    Args:
+        dataset ([`EvaluationDataset`]): What to run on.
+        config ([`RunnerConfig`]): What to run, and how.
+        num_workers (`int`, *optional*, defaults to 1): Processes; each takes whole sequences and its share of threads.
+        progress (callable, *optional*): Called with each [`SequenceResult`], in the order of the data set.
+        loader (callable, *optional*): Makes `(model, processor)` from `config` in each process.
+
+    Returns:
+        [`EvaluationRun`]
+
+    Raises:
+        ValueError: If a setting is out of range, or the folder to resume belongs to another run.
+        OSError: If there are no weights under that name.
+    """
+    if num_workers < 1:
+        raise ValueError(f"`num_workers` must be at least 1, got {num_workers}.")
+    device = resolve_device(config.device)
+    weights_sha256 = hash_weights(config.model)
+    finished = _prepare_folder(dataset, config, weights_sha256)
+    num_workers = min(num_workers, len(dataset.sequences))
+    num_threads = config.num_threads or torch.get_num_threads()
+    per_process = max(num_threads // num_workers, 1)
+    pending = [sequence.name for sequence in dataset.sequences if sequence.name not in finished]
+    tasks = [
+        (sequence, config, sequence.name in finished, sequence.name == pending[0] if pending else False)
+        for sequence in dataset.sequences
+    ]
+    results = []
+    initargs = (config, loader, per_process)
+    for result in map_in_processes(_run_task, tasks, num_workers, _Worker.start, initargs):
+        results.append(result)
+        if progress is not None:
+            progress(result)
+    return EvaluationRun(
+        dataset=dataset,
+        config=config,
+        num_workers=num_workers,
+        results=tuple(results),
+        weights_sha256=weights_sha256,
+        hardware=describe_hardware(device, config.dtype, per_process, num_workers),
+        versions=describe_versions(),
+    )
+
+
+class _Worker:
+    """What a process keeps between sequences: the model, loaded when the first sequence needs it."""
+
+    config: RunnerConfig
+    loader: Callable
+    runner: SequenceRunner | None = None
+
+    @classmethod
+    def start(cls, config: RunnerConfig, loader: Callable, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
+        cls.config, cls.loader, cls.runner = config, staticmethod(loader), None
+
+    @classmethod
+    def get(cls) -> SequenceRunner:
+        if cls.runner is None:
+            model, processor = cls.loader(cls.config)
+            folder = Path(cls.config.save_masks) if cls.config.save_masks else None
+            device, dtype = resolve_device(cls.config.device), getattr(torch, cls.config.dtype)
+            cls.runner = SequenceRunner(model, processor, device, dtype, cls.config.short_side, folder)
+        return cls.runner
+
+
+def _run_task(sequence: EvaluationSequence, config: RunnerConfig, finished: bool, count_macs: bool) -> SequenceResult:
+    """Runs a sequence in this process, or scores the masks it has already."""
+    if finished:
+        return SequenceResult(score_folder(sequence, Path(config.save_masks) / sequence.name))
+    return _Worker.get().run(sequence, count_macs)
+
+
+def mask_path(folder: str | os.PathLike, sequence: EvaluationSequence, frame: str) -> Path:
+    """Where the mask of a frame is saved."""
+    return Path(folder) / sequence.name / f"{frame}.png"
+
+
+def _prepare_folder(dataset: EvaluationDataset, config: RunnerConfig, weights_sha256: str | None) -> set[str]:
+    """Readies the folder of masks; returns the sequences that need not be run again."""
+    if config.save_masks is None:
+        return set()
+    folder = Path(config.save_masks)
+    folder.mkdir(parents=True, exist_ok=True)
+    # What the masks depend on: a later run may take them up only if it would write the same.
+    identity = {
+        "dataset": dataset.name,
+        "weights": weights_sha256 or config.model,
+        "dtype": config.dtype,
+        "short_side": config.short_side,
+        "memory_interval": config.memory_interval,
+        "frames": {sequence.name: len(sequence.images) for sequence in dataset.sequences},
+    }
+    finished = _finished_sequences(dataset, folder, identity) if config.resume else set()
+    for sequence in dataset.sequences:
+        if sequence.name not in finished:
+            # Masks of an earlier run must not pass for this one's if it is interrupted and resumed.
+            for frame in sequence.output_frames:
+                mask_path(folder, sequence, frame).unlink(missing_ok=True)
+    previous = _read_identity(folder) if config.resume else {}
+    identity["frames"] = previous.get("frames", {}) | identity["frames"]
+    write_json(folder / RUN_FILE, identity)
+    return finished
+
+
+def _read_identity(folder: Path) -> dict:
+    """What the masks in a folder were made with; empty where that is not recorded."""
+    path = folder / RUN_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} must be the JSON that an evaluation wrote, got something else ({error}).") from error
+
+
+def _finished_sequences(dataset: EvaluationDataset, folder: Path, identity: dict) -> set[str]:
+    """Sequences whose masks are all there, made by the same weights and settings."""
+    previous = _read_identity(folder)
+    if not previous:
+        logger.warning(f"{folder} records no earlier run ({RUN_FILE}); every sequence is run.")
+        return set()
+    for key, value in identity.items():
+        if key != "frames" and previous.get(key) != value:
+            raise ValueError(
+                f"`resume` takes up masks of the same weights and settings: {folder} was written with {key} "
+                f"{previous.get(key)!r}, got {value!r}. Use another folder or leave `resume` out."
+            )
+    return {
+        sequence.name
+        for sequence in dataset.sequences
+        if previous["frames"].get(sequence.name) == len(sequence.images)
+        and all(mask_path(folder, sequence, frame).is_file() for frame in sequence.output_frames)
+    }
+
+
+def hash_weights(model: str) -> str | None:
+    """The sha256 of a model's `model.safetensors`; `None` where it has no such file."""
+    path = cached_file(
+        model,
+        "model.safetensors",
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if path is None:
+        return None
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def peak_memory() -> int | None:
+    """Peak resident memory of this process in bytes; `None` where the system does not tell."""
+    # A process inherits `ru_maxrss` from the one that spawned it, on Linux; the status file starts afresh.
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def describe_hardware(device: torch.device, dtype: str, num_threads: int, num_workers: int) -> dict:
+    """What the times were measured on."""
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        cpu = names[0] if names else cpu
+    return {
+        "cpu": cpu,
+        "logical_cpus": os.cpu_count(),
+        "threads_per_process": num_threads,
+        "processes": num_workers,
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "dtype": dtype,
+    }
+
+
+def describe_versions() -> dict:
+    """Versions that a result depends on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"python": platform.python_version()}
+    for name in ("hf_deformvos", "torch", "transformers", "numpy", "pillow"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def write_json(path: str | os.PathLike, content: dict) -> None:
+    """Writes JSON whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def _synchronize(device: torch.device) -> None:
+    """Waits for the device, so that a clock shows its time."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+__all__ = [
+    "DTYPES",
+    "EvaluationRun",
+    "ModelFacts",
+    "RunnerConfig",
+    "SequenceResult",
+    "SequenceRunner",
+    "StreamTiming",
+    "evaluate",
+    "hash_weights",
+    "load_pretrained",
+    "mask_path",
+    "peak_memory",
+    "resolve_device",
+    "write_json",
+]

@@ -7,6 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
+from accelerate.utils import set_seed
 from transformers import AutoModel, HfArgumentParser
 
 import hf_deformvos
@@ -105,15 +106,13 @@ def main(arguments: list[str] | None = None) -> int:
         config = parse(sys.argv[1:] if arguments is None else arguments)
         if config.supervision != "labels" or config.teacher:
             raise ValueError(
-                f"`supervision` {config.supervision!r} with teacher {config.teacher!r}: training from a teacher needs a "
-                "trained teacher and a distillation task; only supervision labels without a teacher is there so far."
+                f"`supervision` {config.supervision!r} with teacher {config.teacher!r}: training from a teacher needs "
+                "a trained teacher and a distillation task; only supervision labels without a teacher is there so far."
             )
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         accelerator = make_accelerator(config)
         with accelerator.main_process_first():
             sampler, evaluate = build_sampler(config), build_evaluation(config)
-        from accelerate.utils import set_seed
-
         set_seed(config.seed)
         task = SegmentationTask(
             build_student(config),

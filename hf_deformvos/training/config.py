@@ -59,8 +59,6 @@ DEFAULT_STAGES = (
 
 def _help(default, text: str):
     """A dataclass field whose help is also the command line's."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 
@@ -76,11 +74,17 @@ class TrainingConfig:
     supervision: str = _help("labels", "What the student learns from: labels, pseudo (a teacher's masks) or both.")
     teacher: str | None = _help(None, "Model folder or Hub repository of the teacher.")
 
-    davis_dirs: list[str] = _help(
-        [], "DAVIS-layout folders to train on; append :merge or :ids to force the mask rule."
+    davis_dirs: list[str] = field(
+        default_factory=list,
+        metadata={"help": "DAVIS-layout folders to train on; append :merge or :ids to force the mask rule."},
     )
-    static_dirs: list[str] = _help([], "Folders of image sets (each with images/ and masks/).")
-    merged_sets: list[str] = _help(["ccp-clothing"], "Image sets whose mask ids are all parts of one object.")
+    static_dirs: list[str] = field(
+        default_factory=list, metadata={"help": "Folders of image sets (each with images/ and masks/)."}
+    )
+    merged_sets: list[str] = field(
+        default_factory=lambda: ["ccp-clothing"],
+        metadata={"help": "Image sets whose mask ids are all parts of one object."},
+    )
     video_short_side: int = _help(480, "Short side of decoded video frames, in pixels.")
     static_short_side: int = _help(288, "Largest short side of decoded still images, in pixels.")
     cache_dir: str | None = _help(None, "Where decoded data are kept; default $DEFORMVOS_CACHE or ~/.cache/deformvos.")
@@ -120,7 +124,9 @@ class TrainingConfig:
     weight_decay: float = _help(0.01, "Weight decay of matrices and kernels; norms and biases have none.")
     max_grad_norm: float = _help(5.0, "Largest gradient norm.")
     ema_decay: float = _help(0.999, "Decay of the averaged weights, which are what is released.")
-    freeze: list[str] = _help([], "Prefixes of parameter names that are not trained.")
+    freeze: list[str] = field(
+        default_factory=list, metadata={"help": "Prefixes of parameter names that are not trained."}
+    )
 
     gradient_accumulation_steps: int = _help(1, "Forward passes a step.")
     mixed_precision: str = _help("bf16", "no, bf16 or fp16.")

@@ -35,7 +35,7 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict]:
     Trainable parameters by learning rate and weight decay.
 
     Args:
-        model (`nn.Module`): Its submodule `backbone` and parameters with `offset` in their names get rates of their own.
+        model (`nn.Module`): Its `backbone` and parameters with `offset` in their names get own rates.
         config ([`TrainingConfig`]): Rates, decay and frozen prefixes.
 
     Returns:
@@ -132,6 +132,8 @@ class Trainer:
         self._skipped = 0
         self._history: list[dict] = []
         self._evaluation: dict[str, float] = {}
+        self._last_line: dict[str, float] = {}
+        self._resumed_at, self._resumed_progress = 0.0, 0.0
 
     # ---- schedule ---------------------------------------------------------------------------------------------------
 
@@ -229,9 +231,8 @@ class Trainer:
         now = time.perf_counter()
         spent, self._clock = now - self._clock, now
         self.elapsed += spent
-        record = {name: value for name, value in totals.items()}
         return {
-            **record,
+            **totals,
             "grad_norm": norm,
             "lr": config.learning_rate * factor,
             "clips": clips,
@@ -285,7 +286,7 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         done = line["progress"]
-        remaining = (self.elapsed - getattr(self, "_resumed_at", 0.0)) / max(done - getattr(self, "_from", 0.0), 1e-6)
+        remaining = (self.elapsed - self._resumed_at) / max(done - self._resumed_progress, 1e-6)
         losses = " ".join(f"{name} {value:.4f}" for name, value in line.items() if name.startswith("loss"))
         logger.info(
             f"step {self.step} ({done:.1%}) {losses} grad {line['grad_norm']:.2f} lr {line['lr']:.2e} "
@@ -378,23 +379,19 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         self.step, self.elapsed, self.clips = state["step"], state["elapsed"], state["clips"]
         self.best = -math.inf if state["best"] is None else state["best"]
-        self._resumed_at, self._from = self.elapsed, self.progress_at(self.step, self.elapsed)
+        self._resumed_at, self._resumed_progress = self.elapsed, self.progress_at(self.step, self.elapsed)
         logger.info(f"Resumed from {path} at step {self.step}, {self.elapsed / 60:.1f} minutes.")
 
     def _finish(self) -> dict:
         """Saves the model and the results."""
-        if self.evaluate is not None and self.config.eval_steps:
+        if self.config.eval_steps and self.step % self.config.eval_steps:
             self._run_evaluation()
         results = {
             "steps": self.step,
             "minutes": self.elapsed / 60,
             "clips": self.clips,
             "parameters": sum(parameter.numel() for parameter in self.student.parameters()),
-            **{
-                name: value
-                for name, value in getattr(self, "_last_line", {}).items()
-                if name not in ("step", "elapsed")
-            },
+            **{name: value for name, value in self._last_line.items() if name not in ("step", "elapsed")},
             **self._evaluation,
             "config": self.config.to_dict(),
         }

@@ -411,7 +411,7 @@ def _composite(
     alpha = layer.alpha
     if in_front:
         alpha_ids = alpha[:, 0] > 0.5
-        in_front = _first_hidden(ids, alpha_ids) <= 0.6
+        in_front = _first_hidden(ids, alpha_ids) <= 0.4
     if not in_front:
         objects = (ids > 0) & (ids != VOID)
         alpha = alpha * ~objects.unsqueeze(1)

@@ -67,7 +67,7 @@ def build_sampler(config: TrainingConfig) -> ClipSampler:
 
 
 def build_student(config: TrainingConfig):
-    """A fresh or saved student in float32."""
+    """A fresh or saved student in float32, the frozen part of its backbone frozen."""
     if config.student == "none" or config.student.endswith(".json"):
         fresh = config.student == "none"
         settings = (
@@ -76,10 +76,13 @@ def build_student(config: TrainingConfig):
         student = hf_deformvos.DeformVosModel(settings)
         if config.init_backbone:
             student.load_backbone(config.init_backbone)
+        student.backbone.freeze_pretrained()
         return student
     if config.init_backbone:
         raise ValueError(f"`init_backbone` is for a fresh student; {config.student!r} brings its own backbone.")
-    return AutoModel.from_pretrained(config.student, dtype="float32")
+    student = AutoModel.from_pretrained(config.student, dtype="float32")
+    student.backbone.freeze_pretrained()
+    return student
 
 
 def build_evaluation(config: TrainingConfig) -> HeldOutEvaluation | None:

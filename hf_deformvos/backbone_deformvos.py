@@ -1,8 +1,11 @@
 """Image encoders of DeformVOS: MobileNetV2 with torchvision's parameter names, and a ViT with a detail stem."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from transformers import Dinov2Backbone, Dinov2Config
 
 from .configuration_deformvos import DeformVosConfig
@@ -63,6 +66,7 @@ class MobileNetV2Backbone(nn.Module):
                 channels = width
         last = STRIDE32_BLOCK if config.backbone_tail else STRIDE16_BLOCK
         self.features = nn.ModuleList(layers[: last + 1])
+        self.is_folded = False
         self.channels = (24, 32, 96, 320) if config.backbone_tail else (24, 32, 96)
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -81,6 +85,16 @@ class MobileNetV2Backbone(nn.Module):
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
         return self
+
+    def fold_batch_norm(self):
+        """Replace each convolution and its batch norm by one convolution, in place."""
+        for container in list(self.modules()):
+            if not isinstance(container, nn.Sequential):
+                continue
+            for index, (conv, norm) in enumerate(pairwise(container)):
+                if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                    container[index], container[index + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+        self.is_folded = True
 
     def freeze_pretrained(self):
         """Stop the gradient of batch norm everywhere and of the first blocks, whose edges need no retraining."""

@@ -93,7 +93,7 @@ class DeformVosConfig(PreTrainedConfig):
     self_stride: int = 2
     short_term_form: str = "query"
     short_term_stride: int = 1
-    short_term_window: int = 5
+    short_term_window: int = 7
     correlation_radius: int = 3
     offset_hidden_size: int = 64
     max_offset: float | int = 2.0

@@ -1,5 +1,6 @@
 """DeformVOS: video object segmentation by gated deformable propagation. One class is teacher and student."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -277,6 +278,35 @@ class DeformVosModel(DeformVosPreTrainedModel):
                 f"another shape, among them {', '.join(missing[:3])}."
             )
         module.load_state_dict({name: available.get(name, tensor) for name, tensor in wanted.items()})
+
+    def fold_batch_norm(self) -> "DeformVosModel":
+        """
+        Fold the backbone's frozen batch norms into its convolutions, in place, for faster inference.
+
+        The parameters no longer have the checkpoint's names: a folded model is not saved.
+        """
+        if isinstance(self.backbone, MobileNetV2Backbone):
+            self.backbone.fold_batch_norm()
+        return self
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in transformers; refused after [`~DeformVosModel.fold_batch_norm`]."""
+        if getattr(self.backbone, "is_folded", False):
+            raise ValueError("This model's batch norms are folded: save it before `fold_batch_norm`, or load it again.")
+        super().save_pretrained(save_directory, **kwargs)
+
+    def save_release(self, save_directory):
+        """
+        Save for distribution: weights in half precision on disk, computed in float32 wherever they are loaded.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): the folder to write `config.json` and `model.safetensors` to.
+        """
+        released = copy.deepcopy(self).half()
+        released.save_pretrained(save_directory)
+        # A checkpoint is loaded in the dtype that its configuration names.
+        released.config.dtype = torch.float32
+        released.config.save_pretrained(save_directory)
 
     def encode_images(self, pixel_values: torch.Tensor) -> ImageFeatures:
         """

@@ -106,7 +106,7 @@ class TrainingConfig:
     own_masks_from: float = _help(0.1, "Progress at which the probability of own masks starts to grow.")
     own_masks_until: float = _help(0.7, "Progress at which it is fully grown.")
     memory_interval: int | None = _help(
-        None, "Every how many frames the long-term bank is written; default the model's."
+        None, "Every how many frames the long-term bank is written; by default 1, 2 or 3 at random."
     )
 
     ce_weight: float = _help(0.5, "Weight of the bootstrapped cross-entropy.")

@@ -46,7 +46,8 @@ class SegmentationTask(nn.Module):
         teacher (`nn.Module`, *optional*): Kept in evaluation mode, without gradients, and out of `state_dict` and
             `parameters`; this task does not use it, tasks derived from it do.
         ce_weight, jaccard_weight (`float`): Weights of the two losses.
-        memory_interval (`int`, *optional*): Handed to the student.
+        memory_interval (`int`, *optional*): Handed to the student; by default 1, 2 or 3 at random, so that the student
+            meets long-term banks of every size.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class SegmentationTask(nn.Module):
             object_valid=batch.object_valid,
             object_slots=slots.to(device),
             teacher_forcing=forced.to(device),
-            memory_interval=self.memory_interval,
+            memory_interval=self.memory_interval or int(torch.randint(1, 4, (), generator=generator)),
         )
         return self.supervised_losses(output.logits, batch, plan)
 

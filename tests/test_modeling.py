@@ -1,0 +1,281 @@
+"""The model: shapes of any size, one path for training and streaming, precisions, saving and loading."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY_CONFIG
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModel
+
+from hf_deformvos import DeformVosConfig, DeformVosModel
+from hf_deformvos.memory_deformvos import MemoryBank
+from hf_deformvos.modeling_deformvos import MASKED_LOGIT
+
+
+TEACHER_CONFIG = {
+    **TINY_CONFIG,
+    "backbone": "dinov2",
+    "backbone_config": {
+        "hidden_size": 24,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "image_size": 56,
+        "patch_size": 14,
+        "out_indices": [2],
+        "apply_layernorm": False,
+    },
+    "detail_sizes": [8, 8, 16],
+    "num_hidden_layers": 2,
+}
+VARIANTS = {
+    "student": TINY_CONFIG,
+    "teacher": TEACHER_CONFIG,
+    "grid": {**TINY_CONFIG, "short_term_form": "grid", "num_hidden_layers": 2},
+    "object_dependent": {**TINY_CONFIG, "object_independent": False, "num_hidden_layers": 2},
+    "no_tail": {**TINY_CONFIG, "backbone_tail": False},
+    "no_offsets": {**TINY_CONFIG, "use_offsets": False},
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def any_model(request):
+    torch.manual_seed(0)
+    return DeformVosModel(DeformVosConfig(**VARIANTS[request.param])).eval()
+
+
+def clip(height=65, width=81, frames=3, batch=2, objects=2):
+    masks = torch.zeros(batch, frames, height, width, dtype=torch.long)
+    for number in range(1, objects + 1):
+        masks[:, :, (number - 1) * height // objects : number * height // objects, : width // 2] = number
+    return torch.randn(batch, frames, 3, height, width), masks
+
+
+@pytest.mark.parametrize("size", [(65, 81), (49, 33), (17, 97), (1, 65), (33, 1), (1, 1)])
+def test_any_size(any_model, size):
+    pixel_values, masks = clip(*size)
+    output = any_model(pixel_values, masks[:, :1], 2, output_attentions=True, output_hidden_states=True)
+    height, width = ((side - 1) // 4 + 1 for side in size)
+    assert output.logits.shape == (2, 2, 3, height, width)
+    assert torch.isfinite(output.logits).all()
+    tokens = ((size[0] - 1) // 16 + 1) * ((size[1] - 1) // 16 + 1)
+    for layers in output.attentions:
+        for maps in layers:
+            assert set(maps) == {"long_term", "short_term", "self"}
+            for attention in maps.values():
+                assert attention.shape[:2] == (2, tokens)
+                torch.testing.assert_close(attention.sum(-1), torch.ones(2, tokens))
+    assert len(output.hidden_states[0]) == len(output.sampled_locations[0]) == any_model.config.num_hidden_layers
+
+
+def test_gradients_reach_every_weight_that_is_trained(any_model):
+    any_model.train()
+    any_model.backbone.freeze_pretrained()
+    # An untrained offset network passes nothing to the layers before its zero convolution.
+    for name, parameter in any_model.named_parameters():
+        if name.endswith("offset.weight"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    pixel_values, masks = clip(97, 113)
+    output = any_model(pixel_values, masks, 2, memory_interval=1)
+    F.cross_entropy(output.logits.flatten(0, 1), masks[:, 1:, ::4, ::4].flatten(0, 1)).backward()
+    unused = {"offset_network"} if not any_model.config.use_offsets else set()
+    lacking = [
+        name
+        for name, parameter in any_model.named_parameters()
+        if parameter.requires_grad and parameter.grad is None and not unused & set(name.split("."))
+    ]
+    # Layer 0 of a deeper model hands its identification state on; a single layer uses everything.
+    assert not lacking
+
+
+def test_batch_norm_is_frozen_in_training(tiny_model):
+    tiny_model.train()
+    statistics = copy.deepcopy({k: v for k, v in tiny_model.state_dict().items() if "running" in k})
+    pixel_values, masks = clip()
+    tiny_model(pixel_values, masks, 2)
+    assert all(torch.equal(v, tiny_model.state_dict()[k]) for k, v in statistics.items())
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_config):
+    pixel_values, masks = clip()
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = DeformVosModel(copy.deepcopy(tiny_config)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(pixel_values, masks, 2, teacher_forcing=1.0).logits.square().mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+def test_slots_are_interchangeable_in_the_interface(tiny_model):
+    """Objects listed in another order, with their slots, give the same maps in that order."""
+    pixel_values, masks = clip()
+    swapped = torch.where(masks == 0, masks, 3 - masks)
+    slots = torch.tensor([[4, 7], [0, 2]])
+    one = tiny_model(pixel_values, masks, 2, object_slots=slots).logits
+    other = tiny_model(pixel_values, swapped, 2, object_slots=slots.flip(1)).logits
+    torch.testing.assert_close(one, other[:, :, [0, 2, 1]], atol=1e-5, rtol=1e-4)
+
+
+def test_absent_objects_are_masked_and_do_not_matter(tiny_model):
+    pixel_values, masks = clip(objects=1)
+    valid = torch.tensor([[True, False], [True, False]])
+    padded = tiny_model(pixel_values, masks, 2, object_valid=valid).logits
+    alone = tiny_model(pixel_values, masks, 1).logits
+    assert (padded[:, :, 2] == MASKED_LOGIT).all()
+    torch.testing.assert_close(padded[:, :, :2], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_teacher_forcing_decides_what_enters_memory(tiny_model):
+    pixel_values, masks = clip()
+    own = tiny_model(pixel_values, masks, 2, teacher_forcing=0.0).logits
+    forced = tiny_model(pixel_values, masks, 2, teacher_forcing=1.0).logits
+    torch.testing.assert_close(own[:, 0], forced[:, 0])
+    assert not torch.allclose(own[:, 1], forced[:, 1])
+    mixed = tiny_model(pixel_values, masks, 2, teacher_forcing=torch.tensor([[False] * 3, [True] * 3])).logits
+    torch.testing.assert_close(mixed, torch.stack([own[0], forced[1]]), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_close(tiny_model, dtype):
+    pixel_values, masks = clip(97, 129)
+    with torch.no_grad():
+        reference = tiny_model(pixel_values, masks, 2).logits.softmax(2)
+        output = tiny_model.to(dtype)(pixel_values.to(dtype), masks, 2).logits
+    assert output.dtype == dtype
+    assert (output.float().softmax(2) - reference).abs().mean() < 0.02
+
+
+def test_visual_branch_ignores_the_objects(tiny_model):
+    """With `object_independent`, every attention map is the same whatever the masks are."""
+    pixel_values, masks = clip()
+    one = tiny_model(pixel_values, masks, 2, output_attentions=True).attentions
+    other = tiny_model(pixel_values, masks.flip(-1), 2, output_attentions=True).attentions
+    for frame, other_frame in zip(one, other, strict=True):
+        for name, attention in frame[0].items():
+            torch.testing.assert_close(attention, other_frame[0][name])
+
+
+def test_a_dot_falls_on_the_same_token_for_both_backbones():
+    """The teacher's token grid is the student's, to half a token."""
+    for variant in ("student", "teacher"):
+        torch.manual_seed(0)
+        backbone = DeformVosModel(DeformVosConfig(**VARIANTS[variant])).eval().backbone
+        blank = torch.zeros(1, 3, 113, 145)
+        dotted = blank.clone()
+        dotted[:, :, 16 * 3 - 2 : 16 * 3 + 3, 16 * 5 - 2 : 16 * 5 + 3] = 5.0
+        with torch.no_grad():
+            if variant == "teacher":
+                embed = backbone.vit.embeddings.patch_embeddings
+                backbone.vit.forward = lambda pixels, embed=embed: type(
+                    "Output", (), {"feature_maps": [embed(pixels).transpose(1, 2).unflatten(2, (8, 10))]}
+                )
+            change = (backbone(dotted)[2] - backbone(blank)[2]).abs().sum(1)[0]
+        row, column = divmod(int(change.argmax()), change.shape[1])
+        assert (row, column) == (3, 5), variant
+        assert change.shape == (8, 10)
+
+
+def test_step_compiles_without_graph_breaks(tiny_model):
+    def step(pixel_values, masks):
+        features = tiny_model.encode_images(pixel_values)
+        bank = MemoryBank(2)
+        bank.write(tiny_model.remember_reference(features, masks, 0), to_long_term=True)
+        segmentation = tiny_model.segment(features, bank)
+        return tiny_model.remember(segmentation.projections, segmentation.logits.softmax(1), 1).layers[0].values
+
+    masks = torch.rand(1, 11, 17, 21)
+    with torch.no_grad():
+        compiled = torch.compile(step, fullgraph=True, backend="eager")
+        frame = torch.randn(1, 3, 65, 81)
+        torch.testing.assert_close(compiled(frame, masks), step(frame, masks))
+
+
+def test_round_trip_in_half_precision_loads_in_full(tiny_model, tmp_path):
+    tiny_model.save_release(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
+    assert (tmp_path / "model.safetensors").stat().st_size < 2.2 * sum(p.numel() for p in tiny_model.parameters()) + 2e5
+    assert next(tiny_model.parameters()).dtype == torch.float32, "saving leaves the model as it was"
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert isinstance(loaded, DeformVosModel)
+    assert loaded.dtype == torch.float32
+    for name, tensor in tiny_model.half().float().state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+    assert AutoConfig.from_pretrained(tmp_path).to_dict() == loaded.config.to_dict()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_from_pretrained_initialises_nothing_anew(variant, tmp_path):
+    model = DeformVosModel(DeformVosConfig(**VARIANTS[variant]))
+    model.save_pretrained(tmp_path)
+    loaded, report = DeformVosModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+
+
+def test_folded_batch_norm_gives_the_same_masks(tiny_model):
+    for module in tiny_model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    pixel_values, masks = clip()
+    with torch.no_grad():
+        before = tiny_model(pixel_values, masks, 2).logits
+        after = tiny_model.fold_batch_norm()(pixel_values, masks, 2).logits
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in tiny_model.modules())
+    torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-3)
+    with pytest.raises(ValueError, match="folded"):
+        tiny_model.save_pretrained("never-written")
+
+
+def test_backbone_is_loaded_by_name(tiny_model, tmp_path):
+    weights = {name: torch.randn_like(t) if t.is_floating_point() else t for name, t in tiny_model.backbone.state_dict().items()}
+    save_file({**weights, "classifier.1.weight": torch.zeros(2)}, tmp_path / "backbone.safetensors")
+    tiny_model.load_backbone(tmp_path / "backbone.safetensors")
+    assert torch.equal(tiny_model.backbone.features[0][0].weight, weights["features.0.0.weight"])
+    del weights["features.3.conv.2.weight"]
+    save_file(weights, tmp_path / "partial.safetensors")
+    with pytest.raises(ValueError, match=r"features\.3\.conv\.2\.weight"):
+        tiny_model.load_backbone(tmp_path / "partial.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"backbone": "resnet"}, "backbone"),
+        ({"short_term_form": "dense"}, "short_term_form"),
+        ({"short_term_window": 4}, "odd"),
+        ({"max_offset": 0.0}, "max_offset"),
+        ({"long_term_slots": 0}, "long_term_slots"),
+        ({"correlation_radius": -1}, "correlation_radius"),
+        ({"decoder_sizes": [96, 64]}, "decoder_sizes"),
+        ({"decoder_sizes": [96, 64, 50]}, "decoder_sizes"),
+        ({"backbone_config": {}}, "backbone_config"),
+        ({"hidden_size": "128"}, "hidden_size"),
+    ],
+)
+def test_configuration_is_validated(change, message):
+    with pytest.raises(Exception, match=message):
+        DeformVosConfig(**change)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, p, y: m(), "inference_session"),
+        (lambda m, p, y: m(p[:, :1], y[:, :1], 2), "frames >= 2"),
+        (lambda m, p, y: m(p[..., :-1], y[..., :-1], 2), "16k"),
+        (lambda m, p, y: m(p, y[..., :-4], 2), "id_masks"),
+        (lambda m, p, y: m(p, y, 0), "num_objects"),
+        (lambda m, p, y: m(p, y, 11), "max_objects"),
+        (lambda m, p, y: m(p, y, 2, object_slots=torch.zeros(1, 2, dtype=torch.long)), "object_slots"),
+    ],
+)
+def test_bad_clips_are_refused(tiny_model, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(tiny_model, *clip())

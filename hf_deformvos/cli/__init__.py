@@ -1,0 +1,57 @@
+"""
+The command line `deformvos`. Each subcommand is a module with `add_parser(subparsers)`, which ends in
+`parser.set_defaults(run=function)`; the function takes the parsed arguments and returns the exit code.
+
+Exit codes: 0 done, 2 a mistake in what was asked for, 3 done but the input was damaged, 130 interrupted.
+"""
+
+import argparse
+import os
+import sys
+
+from hf_deformvos import __version__
+
+from . import evaluate, score, segment
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all subcommands."""
+    parser = argparse.ArgumentParser(
+        prog="deformvos",
+        description="Follow objects through video from one mask: segment a video, evaluate a model, score masks.",
+    )
+    parser.add_argument("--version", action="version", version=f"deformvos {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (segment, evaluate, score):
+        command.add_parser(subparsers)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Runs one command.
+
+    Args:
+        argv (`list[str]`, *optional*): Arguments without the program's name, by default those of the process.
+
+    Returns:
+        `int`: The exit code. argparse itself leaves by `SystemExit` (2 for a mistake, 0 for `--help`).
+    """
+    arguments = build_parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output is gone, as after `| head`; the interpreter must not try to flush to it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("TRANSFORMERS_VERBOSITY") == "debug":
+            raise
+        return 2
+
+
+__all__ = ["build_parser", "main"]

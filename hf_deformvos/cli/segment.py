@@ -1,0 +1,526 @@
+"""`deformvos segment`: follows the objects of one or more masks through a video, decoding and encoding as a stream."""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from .score import at_least
+
+
+DEFAULT_HUB_MODEL = "deformvos/deformvos-student"
+_BUNDLED_MODEL = Path("hub_cards", "deformvos-student")
+_DTYPES = ("float32", "bfloat16", "float16")
+# Frames that may wait before and after the model: enough to even out stalls, little enough for 4K.
+_QUEUE_DEPTH = 4
+_STAGES = ("decode", "preprocess", "network", "postprocess", "write_mask", "write_overlay")
+
+_DESCRIPTION = """\
+Follow objects through a video. VIDEO is a file that FFmpeg reads, a folder of images (natural
+order) or a camera (0, camera:0, /dev/video0). The output folder gets masks/00000.png, 00001.png,
+... (palette PNG, pixel value = object id) and results.json (ids, areas, boxes, timings, versions).
+There is a mask for every frame read: frames before the first --mask-frame get an all-background
+one, so that numbering is complete."""
+
+_EPILOG = """\
+masks:
+  palette PNG: the index is the id. Grey: the value is the id; only 0 and 255, or black and white:
+  object 1. RGB: black is background; colours of the DAVIS palette keep their ids, others are
+  numbered by ascending (red, green, blue). A mask of another size than the video's is resized
+  (nearest) with a warning. A later mask corrects the ids it names and adds those that are new.
+
+exit codes:
+  0 done; 2 a mistake in what was asked for; 3 done, but the video was damaged or cut, and all that
+  decodes was segmented; 130 interrupted (Ctrl-C): what was done is kept and summarised."""
+
+
+def add_parser(subparsers) -> None:
+    """Adds the subcommand."""
+    parser = subparsers.add_parser(
+        "segment",
+        help="follow objects through a video from one mask",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("video", metavar="VIDEO", help="video file, folder of images or camera")
+    parser.add_argument(
+        "--mask",
+        metavar="PNG",
+        action="append",
+        required=True,
+        help="image of object ids; repeat it, each with its --mask-frame, for corrections and objects that come later",
+    )
+    parser.add_argument(
+        "--mask-frame",
+        metavar="N",
+        action="append",
+        type=at_least(0),
+        help="frame the mask belongs to, from 0 (default 0); the n-th belongs to the n-th --mask",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="DIR_OR_REPO",
+        help=f"folder or Hub repository (default {_BUNDLED_MODEL.as_posix()} in a checkout, else {DEFAULT_HUB_MODEL})",
+    )
+    parser.add_argument("--output", metavar="DIR", help="output folder (default deformvos-output/NAME_OF_VIDEO)")
+    parser.add_argument("--overlay", metavar="MP4", help="also write the video with the objects coloured, as H.264")
+    parser.add_argument(
+        "--colors",
+        choices=("davis", "colorblind"),
+        default="davis",
+        help="colours of the overlay (default davis); colorblind stays apart for colour-blind viewers",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (default: the fastest present)")
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, default="float32", help="precision of the network (default float32)"
+    )
+    parser.add_argument(
+        "--short-side",
+        metavar="N",
+        type=at_least(16),
+        help="upper bound of the short side at the network, in pixels (default: the model's)",
+    )
+    parser.add_argument("--max-frames", metavar="N", type=at_least(1), help="stop after so many frames")
+    parser.add_argument("--threads", metavar="N", type=at_least(1), help="CPU threads of the network (default: all)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
+    parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run")
+    parser.set_defaults(run=run)
+
+
+@dataclass
+class LoadedModel:
+    """A model with its processor, ready for sessions, and where it came from."""
+
+    model: object
+    processor: object
+    name: str
+    sha256: str | None
+    device: str
+    dtype: str
+
+
+@dataclass
+class _Results:
+    """What has been written so far; filled by the encoding thread, read when that has ended."""
+
+    frames: list[dict] = field(default_factory=list)
+    object_ids: set[int] = field(default_factory=set)
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {stage: [] for stage in _STAGES})
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs `deformvos segment`; returns the exit code."""
+    from hf_deformvos.video import H264Writer, VideoReader, read_mask
+
+    mask_files = _pair_masks(arguments.mask, arguments.mask_frame)
+    first, last = min(mask_files), max(mask_files)
+    with VideoReader(arguments.video, max_frames=arguments.max_frames, num_prefetch=_QUEUE_DEPTH) as reader:
+        limit = reader.info.num_frames if reader.info.num_frames is not None else arguments.max_frames
+        if limit is not None and last >= limit:
+            raise ValueError(
+                f"--mask-frame must be below the number of frames read, {limit}, got {last}; frames count from 0."
+            )
+        masks = {index: read_mask(path, (reader.info.height, reader.info.width)) for index, path in mask_files.items()}
+        output = Path(arguments.output or Path("deformvos-output", _folder_name(arguments.video)))
+        overlay = Path(arguments.overlay) if arguments.overlay else None
+        writer = H264Writer(overlay, fps=reader.info.fps) if overlay else None
+        old = _earlier_results(output, overlay, arguments.overwrite)
+        loaded = load_model(arguments)
+        _prepare_output(output, overlay, old)
+        job = _Job(arguments, reader, masks, output, writer, loaded)
+        job.run()
+    if job.failure is not None:
+        if job.results.frames:
+            print(f"kept: {job.summary()}", file=sys.stderr)
+        raise job.failure
+    if job.interrupted:
+        print(f"interrupted, kept: {job.summary()}", file=sys.stderr)
+        return 130
+    if len(job.results.frames) <= last:
+        raise ValueError(
+            f"--mask-frame must be below the number of frames read, {len(job.results.frames)}, got {last}; "
+            f"masks of frames before {first if len(job.results.frames) <= first else last} were used."
+        )
+    if not arguments.quiet:
+        print(job.summary())
+    if job.damaged:
+        print(f"warning: the video is damaged or cut short; {len(job.results.frames)} frames decoded", file=sys.stderr)
+        return 3
+    return 0
+
+
+class _Job:
+    """One run: the reader's thread decodes, this thread runs the network, a third one encodes."""
+
+    def __init__(self, arguments, reader, masks: dict, output: Path, writer, loaded: LoadedModel):
+        from hf_deformvos.video import PALETTES
+
+        self.arguments = arguments
+        self.reader = reader
+        self.masks = masks
+        self.output = output
+        self.writer = writer
+        self.loaded = loaded
+        self._size = {}
+        if arguments.short_side:
+            bounds = {name: side for name, side in dict(loaded.processor.image_processor.size).items() if side}
+            self._size = {"size": {**bounds, "shortest_edge": arguments.short_side}}
+        self.palette = PALETTES[arguments.colors]()
+        self.results = _Results()
+        self.failure: Exception | None = None
+        self.interrupted = False
+        self.wall_seconds = 0.0
+
+    @property
+    def damaged(self) -> bool:
+        """Whether frames of the video are missing."""
+        return self.reader.truncated or self.reader.num_damaged > 0
+
+    def run(self) -> None:
+        """Segments until the end, an error or Ctrl-C; whichever it is, what was done is written out."""
+        from hf_deformvos.video import BackgroundWorker
+
+        worker = BackgroundWorker(self._write, _QUEUE_DEPTH)
+        started = time.perf_counter()
+        try:
+            with closing(self._segment()) as segmented:
+                for frame, id_map, seconds in segmented:
+                    worker.submit(frame, id_map, seconds)
+        except KeyboardInterrupt:
+            self.interrupted = True
+        except Exception as error:
+            self.failure = _explain(error)
+        with _interrupts_held():
+            for finish in (worker.close, *([self.writer.close] if self.writer else [])):
+                try:
+                    finish()
+                except Exception as error:
+                    self.failure = self.failure or error
+            self.wall_seconds = time.perf_counter() - started
+            self.write_results()
+
+    def _segment(self) -> Iterator[tuple]:
+        """Yields each frame with its id map and the seconds each stage took."""
+        import numpy as np
+        import torch
+        from tqdm import tqdm
+
+        session = self.loaded.processor.init_video_session(
+            device=self.loaded.device, dtype=getattr(torch, self.loaded.dtype)
+        )
+        info = self.reader.info
+        background = np.zeros((info.height, info.width), dtype=np.int32)
+        with (
+            closing(iter(self.reader)) as frames,
+            tqdm(total=info.num_frames, unit="frame", disable=self.arguments.quiet) as bar,
+        ):
+            for frame in frames:
+                if frame.index < min(self.masks):
+                    yield frame, background, {}
+                else:
+                    yield frame, *self._step(session, frame)
+                bar.update()
+
+    def _step(self, session, frame) -> tuple:
+        """One frame through the network: its id map and the seconds of each stage."""
+        import torch
+
+        processor, clock = self.loaded.processor, _Clock()
+        shape = frame.image.shape[:2]
+        with torch.inference_mode():
+            inputs = processor(images=frame.image, return_tensors="pt", **self._size)
+            clock.lap("preprocess")
+            given = self.masks.get(frame.index)
+            if given is not None:
+                processor.add_inputs_to_inference_session(
+                    session, frame_idx=frame.index, input_masks=given, original_size=shape
+                )
+            output = self.loaded.model(inference_session=session, frame=inputs.pixel_values[0], frame_idx=frame.index)
+            _synchronize(self.loaded.device)
+            clock.lap("network")
+            id_map = processor.post_process_id_map(output, original_size=shape)
+            if given is not None:
+                id_map = _with_given(id_map, given)
+            clock.lap("postprocess")
+        return id_map, clock.seconds
+
+    def _write(self, frame, id_map, seconds: dict[str, float]) -> None:
+        """In the encoding thread: mask, overlay and record of one frame."""
+        from hf_deformvos.video import draw_overlay, mask_file_name, write_palette_png
+
+        clock = _Clock()
+        name = mask_file_name(frame.index)
+        write_palette_png(self.output / "masks" / name, id_map)
+        clock.lap("write_mask")
+        if self.writer is not None:
+            self.writer.write(draw_overlay(frame.image, id_map, self.palette), frame.timestamp)
+            clock.lap("write_overlay")
+        given = self.masks.get(frame.index)
+        self.results.object_ids.update(set() if given is None else set(given[given > 0].tolist()))
+        record = {"index": frame.index, "timestamp": round(frame.timestamp, 6), "mask": f"masks/{name}"}
+        if frame.name is not None:
+            record["source"] = frame.name
+        record["objects"] = _areas_and_boxes(id_map, sorted(self.results.object_ids))
+        self.results.frames.append(record)
+        for stage, taken in {"decode": frame.decode_seconds, **seconds, **clock.seconds}.items():
+            self.results.seconds[stage].append(taken)
+
+    def write_results(self) -> None:
+        """Writes results.json, whole or not at all."""
+        finished = not self.interrupted and self.failure is None
+        document = {
+            "completed": finished,
+            "interrupted": self.interrupted,
+            "error": None if self.failure is None else " ".join(str(self.failure).split()),
+            "video": {
+                **asdict(self.reader.info),
+                "num_frames_read": len(self.results.frames),
+                "truncated": self.reader.truncated,
+                "num_damaged_packets": self.reader.num_damaged,
+            },
+            "model": {
+                "name": self.loaded.name,
+                "sha256": self.loaded.sha256,
+                "device": self.loaded.device,
+                "dtype": self.loaded.dtype,
+            },
+            "object_ids": sorted(self.results.object_ids),
+            "mask_frames": sorted(self.masks),
+            "overlay": str(self.writer.path) if self.writer is not None and self.writer.num_frames else None,
+            "timings": self._timings(),
+            "versions": _versions(),
+            "frames": "FRAMES",
+        }
+        # One line a frame: indented boxes would take a line for every number.
+        lines = ",\n    ".join(json.dumps(frame) for frame in self.results.frames)
+        text = json.dumps(document, indent=2).replace('"FRAMES"', f"[\n    {lines}\n  ]" if lines else "[]")
+        part = self.output / ".results.json.part"
+        part.write_text(text + "\n", encoding="utf-8")
+        os.replace(part, self.output / "results.json")
+
+    def _timings(self) -> dict:
+        """Medians of each stage and the rate of the whole, which overlaps them."""
+        from statistics import median
+
+        seconds = self.results.seconds
+        medians = {f"{stage}_ms": round(1e3 * median(seconds[stage]), 3) for stage in _STAGES if seconds[stage]}
+        fps = len(self.results.frames) / self.wall_seconds if self.wall_seconds else None
+        return {"median": medians, "wall_seconds": round(self.wall_seconds, 3), "fps": fps and round(fps, 3)}
+
+    def summary(self) -> str:
+        """One line for people."""
+        timings = self._timings()
+        network = timings["median"].get("network_ms")
+        return (
+            f"{_count(self.results.frames, 'frame')}, {_count(self.results.object_ids, 'object')}, "
+            + f"{timings['fps'] or 0:.1f} frames/s"
+            + (f" (network {network:.0f} ms a frame)" if network is not None else "")
+            + f": {self.output / 'masks'}, {self.output / 'results.json'}"
+            + (f", {self.writer.path}" if self.writer is not None and self.writer.num_frames else "")
+        )
+
+
+def _count(things, name: str) -> str:
+    """How many, in words: `1 frame`, `2 frames`."""
+    return f"{len(things)} {name}" + ("" if len(things) == 1 else "s")
+
+
+class _Clock:
+    """Splits time into named laps."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Books the time since the last lap under a name."""
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now
+
+
+def load_model(arguments: argparse.Namespace) -> LoadedModel:
+    """Loads model and processor as the arguments say; `ValueError` or `OSError` for what cannot be loaded."""
+    import torch
+    from transformers import AutoModel, AutoProcessor
+    from transformers.utils import logging
+
+    import hf_deformvos  # noqa: F401  (registers the Auto classes)
+
+    if arguments.quiet:
+        logging.disable_progress_bar()
+    device = _pick_device(arguments.device)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    name = arguments.model or _default_model()
+    if not os.path.isdir(name) and (name.count("/") > 1 or name.startswith((".", "/", "~")) or os.path.exists(name)):
+        raise ValueError(f"--model must be a folder or a Hub repository (owner/name), got {name!r}, which is neither.")
+    model = AutoModel.from_pretrained(name, dtype=getattr(torch, arguments.dtype)).eval().to(device)
+    processor = AutoProcessor.from_pretrained(name)
+    return LoadedModel(model, processor, name, _weights_sha256(name), device, arguments.dtype)
+
+
+def _default_model() -> str:
+    """The student bundled with a checkout, else the one on the Hub."""
+    for root in (Path.cwd(), Path(__file__).resolve().parents[2]):
+        if (root / _BUNDLED_MODEL / "config.json").is_file():
+            return str(root / _BUNDLED_MODEL)
+    return DEFAULT_HUB_MODEL
+
+
+def _pick_device(name: str | None) -> str:
+    """The named device, checked by using it, or the fastest one present."""
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"--device must name a device that PyTorch can use here, got {name!r} ({str(error).splitlines()[0]}); "
+            "leave it out to take the fastest one."
+        ) from error
+    return name
+
+
+def _weights_sha256(name: str) -> str | None:
+    """SHA-256 of the model's safetensors file, `None` where the weights are in several files."""
+    from transformers.utils import cached_file
+
+    path = cached_file(name, "model.safetensors", _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        return None
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _pair_masks(masks: list[str], frames: list[int] | None) -> dict[int, str]:
+    """Frame index -> mask file."""
+    if frames is None and len(masks) == 1:
+        frames = [0]
+    if frames is None or len(frames) != len(masks):
+        raise ValueError(
+            f"every --mask needs its --mask-frame when there are several, got {len(masks)} and {len(frames or [])}."
+        )
+    if len(set(frames)) != len(frames):
+        raise ValueError(
+            f"--mask-frame must differ from mask to mask, got {frames}; merge the masks of one frame into one image."
+        )
+    return dict(zip(frames, masks, strict=True))
+
+
+def _folder_name(video: str) -> str:
+    """A name for the results of a video, from its file name without what file systems refuse."""
+    return re.sub(r"[^\w.-]+", "_", Path(video).stem).strip("_.") or "video"
+
+
+def _earlier_results(output: Path, overlay: Path | None, overwrite: bool) -> list[Path]:
+    """Files of an earlier run that this one replaces; an error if it must not."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output must be a folder, got {output}, which is a file.")
+    old = [file for file in (output / "masks").glob("*.png") if re.fullmatch(r"\d{5,}\.png", file.name)]
+    old += [file for file in (output / "results.json", overlay) if file is not None and file.exists()]
+    if old and not overwrite:
+        raise ValueError(f"{old[0]} exists from an earlier run; choose another --output, or pass --overwrite.")
+    return old
+
+
+def _prepare_output(output: Path, overlay: Path | None, old: list[Path]) -> None:
+    """Removes earlier results (a shorter run must not end in their masks) and makes the folders."""
+    for file in old:
+        file.unlink()
+    (output / "masks").mkdir(parents=True, exist_ok=True)
+    if overlay is not None:
+        overlay.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _with_given(id_map, given):
+    """The id map with the objects of a given mask exactly as given, not as they come back from network resolution."""
+    import numpy as np
+
+    named = np.unique(given[given > 0])
+    return np.where(given > 0, given, np.where(np.isin(id_map, named), 0, id_map))
+
+
+def _areas_and_boxes(id_map, object_ids: list[int]) -> dict[str, dict]:
+    """Area in pixels and box `[x0, y0, x1, y1]` (x1 and y1 exclusive) of each object; no box where it is not seen."""
+    import numpy as np
+
+    objects = {}
+    for object_id in object_ids:
+        inside = id_map == object_id
+        rows, area = np.flatnonzero(inside.any(axis=1)), int(np.count_nonzero(inside))
+        box = None
+        if area:
+            columns = np.flatnonzero(inside.any(axis=0))
+            box = [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+        objects[str(object_id)] = {"area": area, "box": box}
+    return objects
+
+
+def _versions() -> dict[str, str]:
+    """What the results depend on."""
+    import av
+    import torch
+    import transformers
+
+    from hf_deformvos import __version__
+
+    return {
+        "hf_deformvos": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "av": av.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def _explain(error: Exception) -> Exception:
+    """Turns out-of-memory into advice; other errors pass."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return ValueError(f"the device ran out of memory ({str(error).splitlines()[0]}); lower --short-side.")
+    return error
+
+
+def _synchronize(device: str) -> None:
+    """Waits for the accelerator, so that its time is booked to the network and not to what follows."""
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    elif device.startswith("mps"):
+        torch.mps.synchronize()
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ignores Ctrl-C while files are being finished; impatience would leave an unplayable video."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+__all__ = ["add_parser", "load_model", "run"]

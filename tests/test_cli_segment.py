@@ -1,0 +1,428 @@
+"""`deformvos segment`: names and content of what it writes, users' mistakes, interruption, damaged video."""
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY_CONFIG
+from PIL import Image
+
+from hf_deformvos.cli import main, segment
+from hf_deformvos.video import H264Writer, VideoReader, read_palette_png, write_palette_png
+
+
+HEIGHT, WIDTH = 48, 80
+
+
+def make_frame(t: int) -> np.ndarray:
+    """A bright square that moves right over noise."""
+    frame = np.random.default_rng(t).integers(60, 90, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    frame[10:26, 4 + 2 * t : 20 + 2 * t] = (230, 230, 40)
+    return frame
+
+
+def write_video(path, num_frames: int = 8) -> str:
+    with H264Writer(path, fps=25, crf=8) as writer:
+        for t in range(num_frames):
+            writer.write(make_frame(t))
+    return str(path)
+
+
+def square_mask(t: int = 0, object_id: int = 1, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    ids = np.zeros((height, width), dtype=np.uint8)
+    ids[10:26, 4 + 2 * t : 20 + 2 * t] = object_id
+    return ids
+
+
+class FakeProcessor:
+    """Takes and returns ids as the real one does; frames pass unchanged."""
+
+    image_processor = SimpleNamespace(size={"shortest_edge": 480, "longest_edge": 1536})
+
+    def __init__(self):
+        self.sizes = []
+
+    def init_video_session(self, device=None, dtype=None):
+        return SimpleNamespace(masks={}, steps=[], current=None)
+
+    def __call__(self, images, return_tensors, size=None):
+        self.sizes.append(size)
+        return SimpleNamespace(pixel_values=[images])
+
+    def add_inputs_to_inference_session(self, session, frame_idx, input_masks, original_size):
+        assert input_masks.shape == original_size
+        session.masks[frame_idx] = input_masks
+
+    def post_process_id_map(self, output, original_size):
+        return output
+
+
+def fake_model(inference_session, frame, frame_idx):
+    """Repeats the last mask; objects that a later mask does not name stay."""
+    given = inference_session.masks.get(frame_idx)
+    if given is not None:
+        current = inference_session.current
+        inference_session.current = given if current is None else np.where(given > 0, given, current)
+    if inference_session.current is None:
+        raise ValueError(f"No object is known at frame {frame_idx}.")
+    inference_session.steps.append(frame_idx)
+    return inference_session.current.astype(np.int32)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    processor = FakeProcessor()
+    loaded = segment.LoadedModel(fake_model, processor, "fake", "0" * 64, "cpu", "float32")
+    monkeypatch.setattr(segment, "load_model", lambda arguments: loaded)
+    return processor
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    """An untrained model on disk, as a user's folder."""
+    import torch
+
+    from hf_deformvos import DeformVosConfig, DeformVosImageProcessor, DeformVosModel, DeformVosProcessor
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model")
+    DeformVosModel(DeformVosConfig(**TINY_CONFIG)).save_pretrained(path)
+    DeformVosProcessor(DeformVosImageProcessor(size={"shortest_edge": 48})).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """A video of eight frames, and the mask of its first."""
+    write_palette_png(tmp_path / "mask.png", square_mask())
+    return write_video(tmp_path / "clip.mp4"), str(tmp_path / "mask.png")
+
+
+def run(*arguments) -> int:
+    return main(["segment", *map(str, arguments), "--quiet"])
+
+
+def results_of(output) -> dict:
+    return json.loads((output / "results.json").read_text(encoding="utf-8"))
+
+
+def error_of(capsys) -> str:
+    """The only line on stderr that is an error; no traceback anywhere."""
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, text
+    return lines[0]
+
+
+# What is written
+
+
+def test_real_model_end_to_end(tmp_path, clip, model_dir):
+    video, mask = clip
+    output, overlay = tmp_path / "out", tmp_path / "new" / "overlay.mp4"
+    assert run(video, "--mask", mask, "--model", model_dir, "--output", output, "--overlay", overlay) == 0
+    names = sorted(file.name for file in (output / "masks").iterdir())
+    assert names == [f"{t:05d}.png" for t in range(8)]
+    results = results_of(output)
+    assert results["completed"] and not results["interrupted"] and results["error"] is None
+    assert results["model"]["name"] == str(model_dir)
+    weights = (model_dir / "model.safetensors").read_bytes()
+    assert results["model"]["sha256"] == hashlib.sha256(weights).hexdigest()
+    assert results["object_ids"] == [1] and results["mask_frames"] == [0]
+    assert results["video"]["num_frames_read"] == 8 and not results["video"]["truncated"]
+    assert (results["video"]["width"], results["video"]["height"]) == (WIDTH, HEIGHT)
+    assert set(results["timings"]["median"]) == {
+        f"{stage}_ms" for stage in ("decode", "preprocess", "network", "postprocess", "write_mask", "write_overlay")
+    }
+    assert results["timings"]["fps"] > 0
+    assert {"hf_deformvos", "torch", "transformers", "av", "python"} <= set(results["versions"])
+    for t, frame in enumerate(results["frames"]):
+        ids = read_palette_png(output / frame["mask"])
+        assert ids.shape == (HEIGHT, WIDTH)
+        assert frame["objects"]["1"]["area"] == np.count_nonzero(ids == 1)
+        assert frame["timestamp"] == pytest.approx(t / 25, abs=1e-3)
+    np.testing.assert_array_equal(read_palette_png(output / "masks" / "00000.png"), square_mask())
+    assert results["frames"][0]["objects"]["1"]["box"] == [4, 10, 20, 26]
+    reader = VideoReader(overlay)
+    assert len(list(reader)) == 8 and reader.info.codec == "h264"
+
+
+def test_real_model_in_half_precision_and_smaller(tmp_path, clip, model_dir):
+    video, mask = clip
+    arguments = ["--mask", mask, "--model", model_dir, "--max-frames", 2, "--dtype", "bfloat16", "--short-side", 32]
+    assert run(video, *arguments, "--threads", 1, "--device", "cpu", "--output", tmp_path / "out") == 0
+    assert results_of(tmp_path / "out")["model"]["dtype"] == "bfloat16"
+
+
+def test_max_frames(tmp_path, clip, fake):
+    video, mask = clip
+    assert run(video, "--mask", mask, "--output", tmp_path / "out", "--max-frames", 3) == 0
+    assert len(list((tmp_path / "out" / "masks").iterdir())) == 3
+    assert len(results_of(tmp_path / "out")["frames"]) == 3
+    assert results_of(tmp_path / "out")["overlay"] is None
+
+
+def test_short_side_keeps_the_other_bound(tmp_path, clip, fake):
+    video, mask = clip
+    assert run(video, "--mask", mask, "--output", tmp_path / "out", "--short-side", 240) == 0
+    assert fake.sizes[0] == {"shortest_edge": 240, "longest_edge": 1536}
+
+
+def test_frames_before_the_first_mask_are_background(tmp_path, clip, fake):
+    video, _ = clip
+    write_palette_png(tmp_path / "late.png", square_mask(3, object_id=5))
+    arguments = ["--mask", tmp_path / "late.png", "--mask-frame", 3, "--output", tmp_path / "out"]
+    assert run(video, *arguments, "--overlay", tmp_path / "overlay.mp4") == 0
+    masks = [read_palette_png(tmp_path / "out" / "masks" / f"{t:05d}.png") for t in range(8)]
+    assert not any(mask.any() for mask in masks[:3])
+    np.testing.assert_array_equal(masks[3], square_mask(3, object_id=5))
+    assert all((mask == 5).any() for mask in masks[3:])
+    results = results_of(tmp_path / "out")
+    assert [frame["objects"] for frame in results["frames"][:3]] == [{}, {}, {}]
+    assert results["object_ids"] == [5] and results["mask_frames"] == [3]
+    assert len(list(VideoReader(tmp_path / "overlay.mp4"))) == 8
+
+
+def test_several_masks_correct_and_add(tmp_path, clip, fake):
+    video, mask = clip
+    later = square_mask(4, object_id=1)
+    later[30:40, 50:60] = 2
+    write_palette_png(tmp_path / "later.png", later)
+    arguments = ["--mask", mask, "--mask-frame", 0, "--mask", tmp_path / "later.png", "--mask-frame", 4]
+    assert run(video, *arguments, "--output", tmp_path / "out") == 0
+    results = results_of(tmp_path / "out")
+    assert results["object_ids"] == [1, 2]
+    assert list(results["frames"][3]["objects"]) == ["1"]
+    assert results["frames"][4]["objects"]["2"] == {"area": 100, "box": [50, 30, 60, 40]}
+    np.testing.assert_array_equal(read_palette_png(tmp_path / "out" / "masks" / "00004.png"), later)
+
+
+def test_folder_of_images(tmp_path, clip, fake):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for t in (1, 2, 10):
+        Image.fromarray(make_frame(t)).save(folder / f"shot{t}.png")
+    assert run(folder, "--mask", clip[1], "--output", tmp_path / "out") == 0
+    results = results_of(tmp_path / "out")
+    assert [frame["source"] for frame in results["frames"]] == ["shot1.png", "shot2.png", "shot10.png"]
+    assert [frame["mask"] for frame in results["frames"]] == [f"masks/{t:05d}.png" for t in range(3)]
+
+
+def test_mask_of_another_size_warns(tmp_path, clip, fake, capsys):
+    import logging
+
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("hf_deformvos.video.masks")
+    logger.addHandler(handler)
+    ids = np.kron(square_mask(), np.ones((2, 2), dtype=np.uint8))
+    write_palette_png(tmp_path / "large.png", ids)
+    try:
+        assert run(clip[0], "--mask", tmp_path / "large.png", "--output", tmp_path / "out") == 0
+    finally:
+        logger.removeHandler(handler)
+    assert any("is 160x96, the video 80x48: resized" in message for message in messages)
+    np.testing.assert_array_equal(read_palette_png(tmp_path / "out" / "masks" / "00000.png"), square_mask())
+
+
+def test_earlier_results_are_not_mixed(tmp_path, clip, fake, capsys):
+    video, mask = clip
+    arguments = [video, "--mask", mask, "--output", tmp_path / "out", "--overlay", tmp_path / "out" / "overlay.mp4"]
+    assert run(*arguments) == 0
+    (tmp_path / "out" / "masks" / "notes.png").write_bytes(b"the user's own")
+    assert run(*arguments, "--max-frames", 2) == 2
+    assert "pass --overwrite" in error_of(capsys)
+    assert len(list((tmp_path / "out" / "masks").iterdir())) == 9
+    assert run(*arguments, "--max-frames", 2, "--overwrite") == 0
+    assert sorted(file.name for file in (tmp_path / "out" / "masks").iterdir()) == [
+        "00000.png",
+        "00001.png",
+        "notes.png",
+    ]
+
+
+def test_summary_and_progress(tmp_path, clip, fake, capsys):
+    assert main(["segment", clip[0], "--mask", clip[1], "--output", str(tmp_path / "out")]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("8 frames, 1 object, ")
+    assert "8/8" in captured.err
+    assert run(clip[0], "--mask", clip[1], "--output", tmp_path / "quiet") == 0
+    captured = capsys.readouterr()
+    assert captured.out == "" and "8/8" not in captured.err
+
+
+# Users' mistakes
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gone.mp4", None, "gone.mp4 does not exist; pass a video file"),
+        ("empty.mp4", b"", "empty.mp4 is empty"),
+        ("noise.mp4", b"\x00\x01" * 800, "noise.mp4 is not a video"),
+        ("notes.txt", b"just words\n" * 50, "notes.txt"),
+    ],
+)
+def test_what_is_no_video(tmp_path, clip, fake, capsys, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert run(tmp_path / name, "--mask", clip[1], "--output", tmp_path / "out") == 2
+    assert message in error_of(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_mask_mistakes(tmp_path, clip, fake, capsys):
+    video, mask = clip
+    write_palette_png(tmp_path / "empty.png", np.zeros((HEIGHT, WIDTH), dtype=np.uint8))
+    assert run(video, "--mask", tmp_path / "empty.png") == 2
+    assert "empty.png is empty" in error_of(capsys)
+    assert run(video, "--mask", tmp_path / "gone.png") == 2
+    assert "gone.png does not exist" in error_of(capsys)
+    assert run(video, "--mask", mask, "--mask-frame", 8) == 2
+    assert "--mask-frame must be below the number of frames read, 8, got 8" in error_of(capsys)
+    assert run(video, "--mask", mask, "--mask-frame", 3, "--max-frames", 2) == 2
+    assert "--mask-frame must be below" in error_of(capsys)
+    assert run(video, "--mask", mask, "--mask", mask) == 2
+    assert "every --mask needs its --mask-frame" in error_of(capsys)
+    assert run(video, "--mask", mask, "--mask", mask, "--mask-frame", 1, "--mask-frame", 1) == 2
+    assert "must differ" in error_of(capsys)
+
+
+def test_output_mistakes(tmp_path, clip, fake, capsys):
+    video, mask = clip
+    (tmp_path / "file").write_text("")
+    assert run(video, "--mask", mask, "--output", tmp_path / "file") == 2
+    assert "--output must be a folder" in error_of(capsys)
+    assert run(video, "--mask", mask, "--output", tmp_path / "out", "--overlay", tmp_path / "overlay.avi") == 2
+    assert "rename it to .mp4" in error_of(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_model_and_device_mistakes(tmp_path, clip, capsys):
+    video, mask = clip
+    arguments = [video, "--mask", mask, "--output", tmp_path / "out"]
+    assert run(*arguments, "--model", tmp_path / "nowhere") == 2
+    assert "nowhere', which is neither" in error_of(capsys)
+    assert run(*arguments, "--model", tmp_path) == 2
+    assert "config.json" in error_of(capsys)
+    assert run(*arguments, "--model", tmp_path, "--device", "tpu9") == 2
+    assert "--device must name a device" in error_of(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--max-frames", "0"], ["--mask-frame", "-1"], ["--dtype", "int8"], []])
+def test_argparse_mistakes_exit_2(clip, arguments):
+    mask = ["--mask", clip[1]] if arguments else []
+    with pytest.raises(SystemExit) as exit_info:
+        main(["segment", clip[0], *mask, *arguments])
+    assert exit_info.value.code == 2
+
+
+def test_help_and_version(capsys):
+    for arguments in (["--help"], ["segment", "--help"], ["--version"]):
+        with pytest.raises(SystemExit) as exit_info:
+            main(arguments)
+        assert exit_info.value.code == 0
+    out = capsys.readouterr().out
+    assert "frames before the first --mask-frame get an all-background" in " ".join(out.split())
+    assert "deformvos 0." in out
+
+
+# Nothing is lost
+
+
+def test_mask_frame_beyond_a_video_of_unknown_length(tmp_path, clip, fake, capsys, monkeypatch):
+    """Known only at the end, when the frames before it have been segmented: they are kept."""
+    from hf_deformvos.video.reader import _FileSource
+
+    original = _FileSource.frames
+
+    def frames(self):
+        for frame in original(self):
+            self.num_frames = None
+            yield frame
+
+    monkeypatch.setattr(_FileSource, "frames", frames)
+    write_palette_png(tmp_path / "late.png", square_mask(3, object_id=2))
+    arguments = ["--mask", clip[1], "--mask-frame", 0, "--mask", tmp_path / "late.png", "--mask-frame", 20]
+    assert run(clip[0], *arguments, "--output", tmp_path / "out") == 2
+    assert "number of frames read, 8, got 20" in error_of(capsys)
+    assert len(results_of(tmp_path / "out")["frames"]) == 8
+
+
+def test_truncated_video_keeps_its_frames(tmp_path, clip, fake, capsys):
+    path = tmp_path / "cut.mp4"
+    with H264Writer(path, fps=25) as writer:
+        for t in range(20):
+            noise = np.random.default_rng(t).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+            writer.write(noise)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert run(path, "--mask", clip[1], "--output", tmp_path / "out", "--overlay", tmp_path / "overlay.mp4") == 3
+    results = results_of(tmp_path / "out")
+    assert results["video"]["truncated"] and results["completed"]
+    num_frames = results["video"]["num_frames_read"]
+    assert 0 < num_frames < 20
+    assert len(list((tmp_path / "out" / "masks").iterdir())) == num_frames
+    assert len(list(VideoReader(tmp_path / "overlay.mp4"))) == num_frames
+    assert f"damaged or cut short; {num_frames} frames decoded" in capsys.readouterr().err
+
+
+def test_error_on_the_way_keeps_what_is_done(tmp_path, clip, fake, capsys):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for t in range(4):
+        Image.fromarray(make_frame(t)).save(folder / f"{t}.png")
+    (folder / "4.png").write_bytes(b"broken")
+    assert run(folder, "--mask", clip[1], "--output", tmp_path / "out", "--overlay", tmp_path / "overlay.mp4") == 2
+    assert "4.png is not an image" in error_of(capsys)
+    results = results_of(tmp_path / "out")
+    assert not results["completed"] and "4.png" in results["error"]
+    assert len(results["frames"]) == 4
+    assert len(list(VideoReader(tmp_path / "overlay.mp4"))) == 4
+
+
+def test_full_disk_is_an_error_not_a_hang(tmp_path, clip, fake, capsys, monkeypatch):
+    def full(path, id_map, palette=None):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hf_deformvos.video.write_palette_png", full)
+    assert run(clip[0], "--mask", clip[1], "--output", tmp_path / "out") == 2
+    assert "No space left on device" in error_of(capsys)
+    assert results_of(tmp_path / "out")["frames"] == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for a child process")
+def test_ctrl_c_keeps_what_is_done(tmp_path, clip, model_dir):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for t in range(400):
+        Image.fromarray(make_frame(t % 12)).save(folder / f"{t}.png", compress_level=0)
+    output, overlay = tmp_path / "out", tmp_path / "overlay.mp4"
+    command = [sys.executable, "-m", "hf_deformvos", "segment", str(folder), "--mask", clip[1]]
+    command += ["--model", str(model_dir), "--output", str(output), "--overlay", str(overlay), "--threads", "1"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (output / "masks" / "00003.png").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "interrupted, kept: " in errors
+    results = results_of(output)
+    assert results["interrupted"] and not results["completed"]
+    num_frames = len(results["frames"])
+    assert 4 <= num_frames < 400
+    assert len(list((output / "masks").glob("*.png"))) == num_frames
+    assert len(list(VideoReader(overlay))) == num_frames

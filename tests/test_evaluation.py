@@ -12,7 +12,7 @@ from PIL import Image
 
 from hf_deformvos.cli import evaluate as evaluate_command
 from hf_deformvos.cli import score as score_command
-from hf_deformvos.evaluation import load_dataset_layout, score_predictions, summarize
+from hf_deformvos.evaluation import guess_dataset, load_dataset_layout, score_predictions, summarize
 from hf_deformvos.evaluation.layouts import (
     YOUTUBE_VOS_SEEN_CATEGORIES,
     EvaluationSequence,
@@ -399,6 +399,14 @@ def test_late_objects_are_given_before_their_frame(tmp_path, config):
     ]
 
 
+def test_large_youtube_vos_frames_are_scaled_down_but_their_masks_are_not(tmp_path, config):
+    root = make_youtube_vos(tmp_path / "data", complete=False, size=(720, 960))
+    dataset = load_dataset_layout("youtubevos2019", root, sequences=["bbb"], max_frames=3)
+    result = run(dataset, RunnerConfig(config.model, device="cpu", save_masks=str(tmp_path / "out")))
+    assert result.results[0].timing.network_size == (624, 832)
+    assert read_ids(tmp_path / "out" / "bbb" / "00010.png").shape == (720, 960)
+
+
 def test_frames_before_the_first_object_are_empty(tmp_path, config):
     for time in range(5):
         write_frame(tmp_path / "JPEGImages" / "clip" / f"{time:05d}.jpg", time)
@@ -723,6 +731,27 @@ def test_void_counts_for_nothing_in_davis2017(tmp_path, command):
     scores = score_predictions(tmp_path / "pred", load_dataset_layout("davis2017", root))
     assert summarize(scores[0].objects).region_and_boundary == 1.0
     assert [item.object_id for item in scores[0].objects] == [1, 2]
+
+
+@pytest.mark.parametrize("year", [2016, 2017])
+def test_score_command_guesses_the_data_set(tmp_path, command, capsys, year):
+    root = make_davis(tmp_path / "data", year, ["cat"], num_frames=4)
+    assert command("score", "--predictions", root / "Annotations", "--root", root) == 0
+    assert f"scored as davis{year}" in capsys.readouterr().out
+
+
+def test_guess_dataset(tmp_path):
+    assert guess_dataset(make_youtube_vos(tmp_path / "y", complete=False)) == "youtubevos2019"
+    write_mask(tmp_path / "f" / "Annotations" / "clip" / "00000.png", moving_squares(0, [1]))
+    assert guess_dataset(tmp_path / "f") == "folder"
+    with pytest.raises(ValueError, match=r"`root` must be the folder of a data set"):
+        guess_dataset(tmp_path)
+
+
+def test_model_that_is_no_folder_is_named(tmp_path):
+    dataset = load_dataset_layout("davis2017", make_davis(tmp_path, 2017, ["cat"], num_frames=3))
+    with pytest.raises(ValueError, match=r"`model` must be a folder or a Hub repository .* got '/no/where'"):
+        run(dataset, RunnerConfig(model="/no/where", device="cpu"))
 
 
 def test_sequences_may_be_separated_by_commas(tmp_path, command, capsys):

@@ -21,7 +21,7 @@ def add_parser(subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--predictions", metavar="DIR", required=True, help="folder of masks, one folder a sequence")
-    add_dataset_arguments(parser)
+    add_dataset_arguments(parser, dataset_required=False)
     parser.add_argument(
         "--allow-missing", action="store_true", help="count a missing mask as empty instead of refusing to score"
     )
@@ -30,9 +30,12 @@ def add_parser(subparsers) -> None:
     parser.set_defaults(run=run)
 
 
-def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
+def add_dataset_arguments(parser: argparse.ArgumentParser, dataset_required: bool = True) -> None:
     """Adds the arguments that name a data set and a part of it."""
-    parser.add_argument("--dataset", choices=_DATASETS, required=True, help="layout and protocol")
+    default = "" if dataset_required else " (default: what the folder looks like; DAVIS of both years is davis2017)"
+    parser.add_argument(
+        "--dataset", choices=_DATASETS, required=dataset_required, help=f"layout and protocol{default}"
+    )
     parser.add_argument("--root", metavar="DIR", required=True, help="folder of the data set")
     parser.add_argument("--split", default="val", help="which part of it (default val)")
     parser.add_argument("--sequences", nargs="+", metavar="NAME", help="only these, separated by spaces or commas")
@@ -74,14 +77,13 @@ class Table:
 
 def load_dataset(arguments: argparse.Namespace, all_frames: bool = False):
     """The data set that the arguments name."""
-    from ..evaluation import load_dataset_layout
+    from ..evaluation import guess_dataset, load_dataset_layout
 
+    name = arguments.dataset or guess_dataset(arguments.root)
     sequences = None
     if arguments.sequences is not None:
         sequences = [name for text in arguments.sequences for name in text.split(",") if name]
-    return load_dataset_layout(
-        arguments.dataset, arguments.root, arguments.split, sequences, arguments.max_frames, all_frames
-    )
+    return load_dataset_layout(name, arguments.root, arguments.split, sequences, arguments.max_frames, all_frames)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -99,6 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
         progress=lambda score: table.add(report.score_row(score, num_frames[score.name])),
     )
     print(report.total_row(dataset, scores))
+    if arguments.dataset is None:
+        print(f"scored as {dataset.name}; --dataset chooses another protocol")
     classes = report.class_lines(dataset, scores)
     if classes:
         print(classes)

@@ -3,7 +3,7 @@ Evaluation on benchmarks of video object segmentation. The metrics and layouts n
 model is in `hf_deformvos.evaluation.runner`.
 """
 
-from .layouts import DATASETS, EvaluationDataset, EvaluationSequence, TrackedObject, load_dataset_layout
+from .layouts import DATASETS, EvaluationDataset, EvaluationSequence, TrackedObject, guess_dataset, load_dataset_layout
 from .metrics import Statistics, boundary_accuracy, frame_scores, region_similarity, statistics
 from .scoring import (
     ObjectScore,
@@ -29,6 +29,7 @@ __all__ = [
     "TrackedObject",
     "boundary_accuracy",
     "frame_scores",
+    "guess_dataset",
     "load_dataset_layout",
     "region_similarity",
     "score_predictions",

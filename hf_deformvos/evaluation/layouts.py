@@ -215,6 +215,27 @@ def load_dataset_layout(
     return EvaluationDataset(name, str(root), split, found, seen)
 
 
+def guess_dataset(root: str | os.PathLike) -> str:
+    """
+    The name of the layout that a folder has. DAVIS folders that list both years count as 2017; a YouTube-VOS folder
+    counts as 2019, whose rules are those of 2018.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    base = Path(root)
+    if any((base / part / "meta.json").is_file() for part in ("", "valid", "train", "test")):
+        return "youtubevos2019"
+    if not (base / "Annotations").is_dir():
+        raise ValueError(f"`root` must be the folder of a data set, got {str(root)!r}, which has no Annotations/.")
+    sets = base / "ImageSets"
+    if (sets / "2017").is_dir():
+        return "davis2017"
+    if (sets / "2016").is_dir() or (sets / "480p").is_dir():
+        return "davis2016"
+    return "davis2017" if (base / "Annotations" / "480p").is_dir() else "folder"
+
+
 def _davis_sequences(root: Path, name: str, split: str, chosen: list[str] | None, max_frames: int | None):
     """Sequences of a DAVIS folder: the first frame is given and names the objects."""
     images, masks = _subfolder(root, "JPEGImages"), _subfolder(root, "Annotations")
@@ -463,6 +484,7 @@ __all__ = [
     "EvaluationDataset",
     "EvaluationSequence",
     "TrackedObject",
+    "guess_dataset",
     "image_size",
     "limit_short_side",
     "load_dataset_layout",

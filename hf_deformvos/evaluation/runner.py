@@ -201,7 +201,7 @@ class SequenceRunner:
 
 
 class _Stream:
-    """One sequence on its way through the model: the session, the clock, and nothing that grows with the video."""
+    """One sequence on its way through the model: the session and the clock; only numbers are kept of a frame."""
 
     def __init__(self, runner: SequenceRunner, sequence: EvaluationSequence):
         self.runner = runner
@@ -466,7 +466,17 @@ def _finished_sequences(dataset: EvaluationDataset, folder: Path, identity: dict
 
 
 def hash_weights(model: str) -> str | None:
-    """The sha256 of a model's `model.safetensors`; `None` where it has no such file."""
+    """
+    The sha256 of a model's `model.safetensors`; `None` where it has no such file.
+
+    Raises:
+        ValueError: If `model` is a path that is no folder.
+    """
+    is_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or os.path.exists(model)
+    if is_path and not os.path.isdir(model):
+        raise ValueError(
+            f"`model` must be a folder or a Hub repository (owner/name), got {model!r}, which is neither."
+        )
     path = cached_file(
         model,
         "model.safetensors",

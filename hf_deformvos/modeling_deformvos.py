@@ -375,13 +375,19 @@ class DeformVosModel(DeformVosPreTrainedModel):
         return MemoryFrame(frame_idx, tuple(written), masks, is_reference=True)
 
     def rewrite(self, frame: MemoryFrame, masks: torch.Tensor) -> MemoryFrame:
-        """The same remembered frame with other masks, as when an object is removed."""
+        """
+        The same remembered frame of one video with other masks, as when an object is removed or a group is added. Of
+        an added group deeper layers know nothing: its identification input is zero.
+        """
         embedding = self.identity_bank(masks.to(frame.layers[0].key.dtype))
         layers = []
         for layer, memory in zip(self.layers, frame.layers, strict=True):
-            visual = memory.values[:, : self.config.value_size]
-            projection = LayerProjection(memory.key, visual, visual, memory.identification)
-            layers.append(LayerMemory(memory.key, layer.remember(projection, embedding), memory.identification))
+            visual, identification = memory.values[:, : self.config.value_size], memory.identification
+            if identification is not None and len(identification) < len(masks):
+                added = identification.new_zeros(len(masks) - len(identification), *identification.shape[1:])
+                identification = torch.cat([identification, added])
+            projection = LayerProjection(memory.key, visual, visual, identification)
+            layers.append(LayerMemory(memory.key, layer.remember(projection, embedding), identification))
         return MemoryFrame(frame.frame_idx, tuple(layers), masks, frame.is_reference)
 
     def forward(

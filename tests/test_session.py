@@ -1,0 +1,484 @@
+"""Sessions: streaming equals training, objects come and go, nothing grows, and mistakes are named."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY_CONFIG
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+from hf_deformvos import DeformVosConfig, DeformVosModel
+from hf_deformvos.inference_session_deformvos import ObjectTable
+
+
+SIZE = (96, 160)
+
+
+def open_session(processor, frames, ids=None, **options):
+    """A session on a video with the id map of its first frame."""
+    session = processor.init_video_session(video=frames, **options)
+    if ids is not None:
+        processor.add_inputs_to_inference_session(session, frame_idx=0, input_masks=ids)
+    return session
+
+
+def stream(model, processor, session, frames, start=0):
+    """Hand frames over one by one; returns the outputs."""
+    outputs = []
+    for frame in frames[start:]:
+        inputs = processor(images=frame)
+        outputs.append(model(inference_session=session, frame=inputs.pixel_values[0]))
+    return outputs
+
+
+def test_session_gives_the_logits_of_the_clip(tiny_model, tiny_processor, tiny_clip):
+    frames, ids = tiny_clip
+    session = open_session(tiny_processor, frames, ids[0])
+    outputs = list(tiny_model.propagate_in_video_iterator(session))
+    pixel_values = tiny_processor(images=list(frames)).pixel_values
+    first = F.interpolate(torch.from_numpy(ids[:1])[None].float(), size=pixel_values.shape[-2:], mode="nearest-exact")
+    with torch.no_grad():
+        logits = tiny_model(pixel_values[None], first.long(), 2).logits[0]
+    margins = F.interpolate(
+        (logits[:, 1:] - logits[:, :1]).flatten(0, 1)[:, None],
+        size=pixel_values.shape[-2:],
+        mode="bilinear",
+        align_corners=True,
+    ).unflatten(0, (-1, 2))
+    assert [output.frame_idx for output in outputs] == list(range(6))
+    for output, expected in zip(outputs[1:], margins, strict=True):
+        torch.testing.assert_close(output.pred_masks, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["list", "array", "tensor", "pil", "iterator", "streaming"])
+def test_every_source_of_frames_gives_the_same_masks(kind, tiny_model, tiny_processor, tiny_clip):
+    frames, ids = tiny_clip
+    reference = list(tiny_model.propagate_in_video_iterator(open_session(tiny_processor, frames, ids[0])))
+    sources = {
+        "list": list(frames),
+        "array": frames,
+        "tensor": torch.from_numpy(frames).permute(0, 3, 1, 2),
+        "pil": [Image.fromarray(frame) for frame in frames],
+        "iterator": iter(frames),
+        "streaming": None,
+    }
+    session = open_session(tiny_processor, sources[kind], ids[0])
+    if kind == "streaming":
+        outputs = stream(tiny_model, tiny_processor, session, frames)
+    else:
+        outputs = list(tiny_model.propagate_in_video_iterator(session))
+    assert [output.frame_idx for output in outputs] == list(range(6))
+    for one, other in zip(outputs, reference, strict=True):
+        torch.testing.assert_close(one.pred_masks, other.pred_masks)
+
+
+def test_the_given_mask_comes_back(tiny_model, tiny_processor, tiny_clip):
+    frames, ids = tiny_clip
+    # At 97x161 the network sees the 96x160 mask almost as it is.
+    output = next(iter(tiny_model.propagate_in_video_iterator(open_session(tiny_processor, frames, ids[0] * 7))))
+    id_map = tiny_processor.post_process_id_map(output, SIZE)
+    assert id_map.dtype == np.int32
+    assert set(np.unique(id_map)) == {0, 7, 14}
+    assert (id_map == ids[0] * 7).mean() > 0.985
+
+
+@pytest.mark.parametrize(
+    "masks",
+    [
+        lambda ids: {"input_masks": ids},
+        lambda ids: {"input_masks": ids.astype(np.int64)},
+        lambda ids: {"input_masks": torch.from_numpy(ids)},
+        lambda ids: {"input_masks": ids, "obj_ids": [1, 2]},
+        lambda ids: {"input_masks": np.stack([ids == 1, ids == 2]), "obj_ids": [1, 2]},
+        lambda ids: {"input_masks": [ids == 1, (ids == 2).astype(np.float32)], "obj_ids": [1, 2]},
+        lambda ids: {"input_masks": [torch.from_numpy(ids == 1), torch.from_numpy(ids == 2)], "obj_ids": [1, 2]},
+        lambda ids: {"input_masks": palette(ids)},
+    ],
+)
+def test_every_form_of_masks_means_the_same(masks, tiny_model, tiny_processor, tiny_clip):
+    frames, ids = tiny_clip
+    session = tiny_processor.init_video_session(video=frames[:2])
+    tiny_processor.add_inputs_to_inference_session(session, frame_idx=0, **masks(ids[0]))
+    output = list(tiny_model.propagate_in_video_iterator(session))[1]
+    assert output.object_ids == [1, 2]
+    reference = list(tiny_model.propagate_in_video_iterator(open_session(tiny_processor, frames[:2], ids[0])))[1]
+    torch.testing.assert_close(output.pred_masks, reference.pred_masks)
+
+
+def palette(ids):
+    image = Image.fromarray(ids)
+    image.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+    assert image.mode == "P"
+    return image
+
+
+def test_ids_are_the_callers_and_masks_never_overlap(tiny_model, tiny_processor, tiny_clip):
+    frames, ids = tiny_clip
+    session = tiny_processor.init_video_session(video=frames)
+    masks = [np.ones(SIZE, dtype=bool), ids[0] == 2]
+    tiny_processor.add_inputs_to_inference_session(session, frame_idx=0, obj_ids=[-5, 70000], input_masks=masks)
+    for output in tiny_model.propagate_in_video_iterator(session):
+        assert output.object_ids == [-5, 70000]
+        masks = tiny_processor.post_process_masks([output.pred_masks], original_sizes=[SIZE])[0]
+        assert masks.shape == (2, 1, *SIZE)
+        assert masks.dtype == torch.bool
+        assert (masks.sum(0) <= 1).all()
+        id_map = tiny_processor.post_process_id_map(output, SIZE)
+        np.testing.assert_array_equal(id_map == 70000, masks[1, 0].numpy())
+        np.testing.assert_array_equal(id_map == -5, masks[0, 0].numpy())
+
+
+def test_nothing_grows_with_the_length_of_the_video(tiny_model, tiny_processor):
+    generator = np.random.default_rng(0)
+    ids = np.zeros(SIZE, dtype=np.uint8)
+    ids[20:60, 30:80] = 3
+    session = tiny_processor.init_video_session()
+    tiny_processor.add_inputs_to_inference_session(session, frame_idx=0, input_masks=ids)
+    pixel_values = tiny_processor(images=generator.integers(0, 255, (*SIZE, 3), dtype=np.uint8)).pixel_values[0]
+    sizes = []
+    for _ in range(1000):
+        tiny_model(inference_session=session, frame=pixel_values)
+        sizes.append(session.num_bytes)
+    assert len(set(sizes[50:])) == 1
+    held = sum(len(value) for value in vars(session).values() if isinstance(value, (dict, list)))
+    assert held == 0, "no list or dictionary of the session keeps anything of passed frames"
+
+
+def test_objects_join_mid_stream(tiny_model, tiny_processor, tiny_clip):
+    frames, ids = tiny_clip
+    session = tiny_processor.init_video_session()
+    tiny_processor.add_inputs_to_inference_session(session, 0, obj_ids=[1], input_masks=[ids[0] == 1])
+    seen = []
+    for index, frame in enumerate(frames):
+        if index == 3:
+            tiny_processor.add_inputs_to_inference_session(session, 3, obj_ids=[9], input_masks=[ids[3] == 2])
+        output = tiny_model(inference_session=session, frame=tiny_processor(images=frame).pixel_values[0])
+        seen.append(output.object_ids)
+        if index == 3:
+            joined = tiny_processor.post_process_id_map(output, SIZE) == 9
+            assert (joined == (ids[3] == 2)).mean() > 0.98
+    assert seen == [[1]] * 3 + [[1, 9]] * 3
+    video_session = tiny_processor.init_video_session(video=frames)
+    tiny_processor.add_inputs_to_inference_session(video_session, 0, obj_ids=[1], input_masks=[ids[0] == 1])
+    tiny_processor.add_inputs_to_inference_session(video_session, 3, obj_ids=[9], input_masks=[ids[3] == 2])
+    *_, last = tiny_model.propagate_in_video_iterator(video_session)
+    torch.testing.assert_close(last.pred_masks, output.pred_masks)
+
+
+def test_a_correction_enters_the_bounded_bank(tiny_model, tiny_processor, tiny_clip):
+    frames, ids = tiny_clip
+    session = open_session(tiny_processor, None, ids[0])
+    stream(tiny_model, tiny_processor, session, frames[:4])
+    tiny_processor.add_inputs_to_inference_session(session, 4, obj_ids=[2], input_masks=[ids[4] == 1])
+    (output,) = stream(tiny_model, tiny_processor, session, frames[4:5])
+    id_map = tiny_processor.post_process_id_map(output, SIZE)
+    assert (id_map[ids[4] == 1] == 2).mean() > 0.95, "the correction overrules what was predicted"
+    bank = session._memory
+    assert [frame.frame_idx for frame in bank.long_term if frame.is_reference] == [0, 4]
+    assert len(bank.long_term) <= TINY_CONFIG["long_term_slots"]
+    # An object may be corrected away: an empty mask is no mistake for a known object.
+    tiny_processor.add_inputs_to_inference_session(session, 5, obj_ids=[2], input_masks=[np.zeros(SIZE, bool)])
+    (output,) = stream(tiny_model, tiny_processor, session, frames[5:6])
+    assert 2 not in tiny_processor.post_process_id_map(output, SIZE)
+    assert output.object_ids == [1, 2]
+
+
+def test_correcting_the_frame_just_seen_replaces_its_memory(tiny_model, tiny_processor, tiny_clip):
+    frames, ids = tiny_clip
+    session = open_session(tiny_processor, None, ids[0])
+    stream(tiny_model, tiny_processor, session, frames[:3])
+    pixel_values = tiny_processor(images=frames[2]).pixel_values[0]
+    tiny_processor.add_inputs_to_inference_session(session, 2, input_masks=ids[2])
+    output = tiny_model(inference_session=session, frame=pixel_values, frame_idx=2)
+    assert output.frame_idx == 2
+    assert (tiny_processor.post_process_id_map(output, SIZE) == ids[2]).mean() > 0.98
+    assert [frame.frame_idx for frame in session._memory.long_term] == [0, 2]
+    assert tiny_model(inference_session=session, frame=pixel_values).frame_idx == 3
+
+
+def test_removing_an_object_leaves_no_trace(tiny_model, tiny_processor, tiny_clip):
+    """After the removal, the memory is what it would be had the object's pixels been background."""
+    frames, ids = tiny_clip
+    session = open_session(tiny_processor, None, ids[0])
+    stream(tiny_model, tiny_processor, session, frames[:1])
+    session.remove_object(2)
+    assert session.object_ids == [1]
+    without = open_session(tiny_processor, None, np.where(ids[0] == 1, ids[0], 0))
+    stream(tiny_model, tiny_processor, without, frames[:1])
+    (one,) = stream(tiny_model, tiny_processor, session, frames[1:2])
+    (other,) = stream(tiny_model, tiny_processor, without, frames[1:2])
+    torch.testing.assert_close(one.pred_masks, other.pred_masks, atol=1e-5, rtol=1e-4)
+    # Its place is free again, and the last object takes the whole memory with it.
+    tiny_processor.add_inputs_to_inference_session(session, 2, obj_ids=[5], input_masks=[ids[2] == 2])
+    (output,) = stream(tiny_model, tiny_processor, session, frames[2:3])
+    assert output.object_ids == [1, 5]
+    session.remove_object(1)
+    session.remove_object(5)
+    with pytest.raises(ValueError, match="No object is known"):
+        stream(tiny_model, tiny_processor, session, frames[3:4])
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_more_objects_than_one_group_holds(layers, tiny_processor):
+    model = DeformVosModel(DeformVosConfig(**{**TINY_CONFIG, "max_objects": 4, "num_hidden_layers": layers})).eval()
+    generator = np.random.default_rng(0)
+    frames = generator.integers(0, 255, (4, *SIZE, 3), dtype=np.uint8)
+    ids = (np.arange(96)[:, None] // 24) * 3 + np.arange(160)[None] // 54  # 12 tiles, one of them background
+    session = open_session(tiny_processor, None, ids.astype(np.uint8))
+    outputs = stream(model, tiny_processor, session, frames[:2])
+    assert outputs[1].object_ids == list(range(1, 12))
+    assert session._memory.previous.masks.shape[0] == 3
+    assert torch.isfinite(outputs[1].pred_masks).all()
+    # A group alone sees the others as background: its margins do not depend on them.
+    alone = np.where(np.isin(ids, [1, 2, 3, 4]), ids, 0)
+    (_, single) = stream(model, tiny_processor, open_session(tiny_processor, None, alone.astype(np.uint8)), frames[:2])
+    torch.testing.assert_close(single.pred_masks, outputs[1].pred_masks[:4], atol=1e-4, rtol=1e-3)
+
+
+def test_a_group_is_added_mid_stream(tiny_processor):
+    model = DeformVosModel(DeformVosConfig(**{**TINY_CONFIG, "max_objects": 1, "num_hidden_layers": 2})).eval()
+    frames = np.random.default_rng(0).integers(0, 255, (4, *SIZE, 3), dtype=np.uint8)
+    first, second = np.zeros(SIZE, bool), np.zeros(SIZE, bool)
+    first[:40], second[60:] = True, True
+    session = tiny_processor.init_video_session()
+    tiny_processor.add_inputs_to_inference_session(session, 0, obj_ids=[1], input_masks=[first])
+    stream(model, tiny_processor, session, frames[:2])
+    tiny_processor.add_inputs_to_inference_session(session, 2, obj_ids=[2], input_masks=[second])
+    outputs = stream(model, tiny_processor, session, frames[2:])
+    assert [output.object_ids for output in outputs] == [[1, 2], [1, 2]]
+    assert torch.isfinite(outputs[1].pred_masks).all()
+
+
+def test_object_dependent_attention_takes_one_group(tiny_processor):
+    config = DeformVosConfig(**{**TINY_CONFIG, "max_objects": 1, "object_independent": False})
+    model = DeformVosModel(config).eval()
+    ids = np.zeros(SIZE, np.uint8)
+    ids[:20], ids[40:] = 1, 2
+    session = open_session(tiny_processor, None, ids)
+    with pytest.raises(ValueError, match="object_independent"):
+        stream(model, tiny_processor, session, np.zeros((1, *SIZE, 3), np.uint8))
+
+
+def test_an_object_that_leaves_may_return(tiny_model, tiny_processor, tiny_clip):
+    frames, ids = tiny_clip
+    session = open_session(tiny_processor, None, ids[0])
+    stream(tiny_model, tiny_processor, session, frames[:2])
+    gone = np.zeros(SIZE, bool)
+    tiny_processor.add_inputs_to_inference_session(session, 2, obj_ids=[1], input_masks=[gone])
+    outputs = stream(tiny_model, tiny_processor, session, frames[2:])
+    assert all(output.object_ids == [1, 2] for output in outputs), "an absent object keeps its id"
+    assert [f.frame_idx for f in session._memory.long_term if f.is_reference] == [0, 2]
+    # What would find it again is still there: its first appearance.
+    assert session._memory.long_term[0].masks[0, 1].sum() > 0
+
+
+def test_reverse_mirrors_forward(tiny_model, tiny_processor, tiny_clip):
+    frames, ids = tiny_clip
+    session = tiny_processor.init_video_session(video=frames)
+    tiny_processor.add_inputs_to_inference_session(session, frame_idx=5, input_masks=ids[0])
+    backward = list(tiny_model.propagate_in_video_iterator(session, reverse=True))
+    assert [output.frame_idx for output in backward] == [5, 4, 3, 2, 1, 0]
+    mirrored = open_session(tiny_processor, frames[::-1], ids[0])
+    for one, other in zip(backward, tiny_model.propagate_in_video_iterator(mirrored), strict=True):
+        torch.testing.assert_close(one.pred_masks, other.pred_masks)
+
+
+def test_start_and_length(tiny_model, tiny_processor, tiny_clip):
+    frames, ids = tiny_clip
+    session = tiny_processor.init_video_session(video=frames)
+    tiny_processor.add_inputs_to_inference_session(session, frame_idx=1, input_masks=ids[1])
+
+    def visited(**options):
+        return [output.frame_idx for output in tiny_model.propagate_in_video_iterator(session, **options)]
+
+    assert visited() == [1, 2, 3, 4, 5], "the earliest frame with an input comes first"
+    assert visited(max_frame_num_to_track=2) == [1, 2, 3]
+    assert visited(start_frame_idx=3) == [3, 4, 5]
+    assert visited(start_frame_idx=3, max_frame_num_to_track=0, show_progress_bar=False) == [3]
+    assert visited(start_frame_idx=1, reverse=True) == [1, 0]
+
+
+def test_two_sessions_share_a_model_and_nothing_else(tiny_model, tiny_processor, tiny_clip):
+    frames, ids = tiny_clip
+    alone = list(tiny_model.propagate_in_video_iterator(open_session(tiny_processor, frames, ids[0])))
+    one = open_session(tiny_processor, frames, ids[0])
+    other = open_session(tiny_processor, frames[::-1], ids[5] * 3)
+    pairs = zip(
+        tiny_model.propagate_in_video_iterator(one), tiny_model.propagate_in_video_iterator(other), strict=True
+    )
+    for (output, _), expected in zip(pairs, alone, strict=True):
+        torch.testing.assert_close(output.pred_masks, expected.pred_masks)
+
+
+def test_reset(tiny_model, tiny_processor, tiny_clip):
+    frames, ids = tiny_clip
+    session = open_session(tiny_processor, frames, ids[0])
+    first = list(tiny_model.propagate_in_video_iterator(session))
+    session.reset_tracking_data()
+    assert session.object_ids == []
+    assert session.num_bytes == 0
+    assert session.num_frames == 6, "the video stays"
+    tiny_processor.add_inputs_to_inference_session(session, frame_idx=0, input_masks=ids[0])
+    again = list(tiny_model.propagate_in_video_iterator(session))
+    for one, other in zip(first, again, strict=True):
+        torch.testing.assert_close(one.pred_masks, other.pred_masks)
+    session.reset_inference_session()
+    assert session.num_frames is None
+    assert session.object_ids == []
+
+
+def test_mask_of_another_size_is_resized(tiny_model, tiny_processor, tiny_clip, caplog):
+    frames, ids = tiny_clip
+    large = np.kron(ids[0], np.ones((3, 3), np.uint8))
+    session = tiny_processor.init_video_session(video=frames[:2])
+    tiny_processor.add_inputs_to_inference_session(session, 0, input_masks=large, original_size=SIZE)
+    output = list(tiny_model.propagate_in_video_iterator(session))[1]
+    reference = list(tiny_model.propagate_in_video_iterator(open_session(tiny_processor, frames[:2], ids[0])))[1]
+    assert (output.pred_masks - reference.pred_masks).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])
+def test_lower_precision_by_autocast(dtype, tiny_model, tiny_processor, tiny_clip):
+    frames, ids = tiny_clip
+    outputs = list(tiny_model.propagate_in_video_iterator(open_session(tiny_processor, frames, ids[0], dtype=dtype)))
+    reference = list(tiny_model.propagate_in_video_iterator(open_session(tiny_processor, frames, ids[0])))
+    assert tiny_model.dtype == torch.float32
+    assert (outputs[-1].pred_masks - reference[-1].pred_masks).abs().mean() < 0.1
+    assert outputs[-1].pred_masks.dtype == torch.float32
+
+
+def test_auto_classes_load_what_was_saved(tiny_model, tiny_processor, tiny_clip, tmp_path):
+    frames, ids = tiny_clip
+    tiny_model.save_pretrained(tmp_path)
+    tiny_processor.save_pretrained(tmp_path)
+    model, processor = AutoModel.from_pretrained(tmp_path).eval(), AutoProcessor.from_pretrained(tmp_path)
+    assert type(processor) is type(tiny_processor)
+    assert dict(processor.image_processor.size) == dict(tiny_processor.image_processor.size)
+    one = list(model.propagate_in_video_iterator(open_session(processor, frames, ids[0])))
+    other = list(tiny_model.propagate_in_video_iterator(open_session(tiny_processor, frames, ids[0])))
+    assert all(torch.equal(a.pred_masks, b.pred_masks) for a, b in zip(one, other, strict=True))
+
+
+def test_attentions_and_states_on_request(tiny_model, tiny_processor, tiny_clip):
+    frames, ids = tiny_clip
+    session = open_session(tiny_processor, None, ids[0])
+    stream(tiny_model, tiny_processor, session, frames[:1])
+    pixel_values = tiny_processor(images=frames[1]).pixel_values[0]
+    output = tiny_model(
+        inference_session=session, frame=pixel_values, output_attentions=True, output_hidden_states=True
+    )
+    assert set(output.attentions[0]) == set(output.sampled_locations[0]) == {"long_term", "short_term", "self"}
+    assert output.hidden_states[0][0].shape[:2] == (1, TINY_CONFIG["hidden_size"])
+
+
+def broken(frame, value):
+    frame = frame.clone()
+    frame[0, 0, 0] = value
+    return frame
+
+
+MISTAKES = {
+    "no mask at all": (lambda s, p, f, y: p.add_inputs_to_inference_session(s, 0), "input_masks"),
+    "empty id map": (lambda s, p, f, y: p.add_inputs_to_inference_session(s, 0, input_masks=y * 0), "empty"),
+    "empty object": (lambda s, p, f, y: p.add_inputs_to_inference_session(s, 0, [4], [y == 99]), "object 4.*empty"),
+    "id not in the map": (lambda s, p, f, y: p.add_inputs_to_inference_session(s, 0, [8], y), "object 8.*empty"),
+    "more ids than masks": (lambda s, p, f, y: p.add_inputs_to_inference_session(s, 0, [1, 2], [y == 1]), "1 masks"),
+    "ids twice": (lambda s, p, f, y: p.add_inputs_to_inference_session(s, 0, [1, 1], [y == 1, y == 2]), "differ"),
+    "background as id": (lambda s, p, f, y: p.add_inputs_to_inference_session(s, 0, [0], [y == 1]), "background"),
+    "fractions": (lambda s, p, f, y: p.add_inputs_to_inference_session(s, 0, input_masks=y * 0.3), "whole numbers"),
+    "NaN mask": (
+        lambda s, p, f, y: p.add_inputs_to_inference_session(s, 0, [1], [np.full(SIZE, np.nan)]),
+        "NaN",
+    ),
+    "colour mask": (
+        lambda s, p, f, y: p.add_inputs_to_inference_session(s, 0, input_masks=Image.new("RGB", (8, 8))),
+        "RGB",
+    ),
+    "mask with channels": (
+        lambda s, p, f, y: p.add_inputs_to_inference_session(s, 0, [1], [np.ones((4, 4, 3))]),
+        "height, width",
+    ),
+    "negative frame": (lambda s, p, f, y: p.add_inputs_to_inference_session(s, -1, input_masks=y), "frame_idx"),
+    "unknown id": (lambda s, p, f, y: s.remove_object(17), "17"),
+    "empty video": (lambda s, p, f, y: p.init_video_session(video=[]), "no frame"),
+    "bad interval": (lambda s, p, f, y: p.init_video_session(memory_interval=0), "memory_interval"),
+    "NaN picture": (lambda s, p, f, y: p(images=np.full((*SIZE, 3), np.nan)), "NaN"),
+    "values out of range": (lambda s, p, f, y: p(images=np.full((*SIZE, 3), 999)), r"0\.\.255"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_named(mistake, tiny_processor, tiny_clip):
+    act, message = MISTAKES[mistake]
+    with pytest.raises(ValueError, match=message):
+        act(tiny_processor.init_video_session(), tiny_processor, *[part[0] for part in tiny_clip])
+
+
+STEP_MISTAKES = {
+    "no object": (lambda m, s, f: m(inference_session=s, frame=f, frame_idx=0), "No object is known"),
+    "no frame": (lambda m, s, f: m(inference_session=s), "no video"),
+    "NaN": (lambda m, s, f: m(inference_session=s, frame=broken(f, float("nan")), frame_idx=2), "NaN"),
+    "infinite": (lambda m, s, f: m(inference_session=s, frame=broken(f, float("inf")), frame_idx=2), "infinite"),
+    "other size": (lambda m, s, f: m(inference_session=s, frame=f[:, :81]), "97x161"),
+    "two frames": (lambda m, s, f: m(inference_session=s, frame=torch.stack([f, f])), "one frame"),
+    "not 16k+1": (lambda m, s, f: m(inference_session=s, frame=f[:, :-1]), "97x161|16k"),
+    "nothing to iterate": (lambda m, s, f: next(m.propagate_in_video_iterator(s)), "no video"),
+}
+
+
+@pytest.mark.parametrize("mistake", STEP_MISTAKES)
+def test_mistakes_of_a_step_are_named_and_lose_nothing(mistake, tiny_model, tiny_processor, tiny_clip):
+    act, message = STEP_MISTAKES[mistake]
+    frames, ids = tiny_clip
+    pixel_values = tiny_processor(images=frames[2]).pixel_values[0]
+    session = tiny_processor.init_video_session()
+    tiny_processor.add_inputs_to_inference_session(session, frame_idx=1, input_masks=ids[1])
+    if mistake != "no object":
+        stream(tiny_model, tiny_processor, session, frames[1:2])
+    with pytest.raises(ValueError, match=message):
+        act(tiny_model, session, pixel_values)
+    if mistake != "no object":
+        assert tiny_model(inference_session=session, frame=pixel_values).frame_idx == 2, "the session goes on"
+
+
+def test_mistakes_of_propagation(tiny_model, tiny_processor, tiny_clip):
+    frames, ids = tiny_clip
+
+    def propagate(session, **options):
+        return list(tiny_model.propagate_in_video_iterator(session, **options))
+
+    with pytest.raises(ValueError, match="No mask"):
+        propagate(tiny_processor.init_video_session(video=frames))
+    camera = open_session(tiny_processor, iter(frames), ids[0])
+    with pytest.raises(ValueError, match="stream"):
+        propagate(camera, reverse=True)
+    assert len(propagate(camera)) == 6
+    with pytest.raises(ValueError, match="has passed"):
+        propagate(camera, start_frame_idx=2)
+    session = open_session(tiny_processor, frames, ids[0])
+    with pytest.raises(ValueError, match="start_frame_idx"):
+        propagate(session, start_frame_idx=6)
+    with pytest.raises(ValueError, match="max_frame_num_to_track"):
+        propagate(session, max_frame_num_to_track=-1)
+    session = tiny_processor.init_video_session(video=frames)
+    tiny_processor.add_inputs_to_inference_session(session, frame_idx=3, input_masks=ids[3])
+    with pytest.raises(ValueError, match="No object is known at frame 1"):
+        propagate(session, start_frame_idx=1)
+    changing = [frames[0], frames[1], frames[2][:64]]
+    with pytest.raises(ValueError, match="one size"):
+        propagate(open_session(tiny_processor, changing, ids[0]))
+
+
+def test_object_table_keeps_places():
+    table = ObjectTable(2)
+    for obj_id in (10, -3, 99):
+        table.add(obj_id)
+    assert [table.place(obj_id) for obj_id in (10, -3, 99)] == [(0, 0), (0, 1), (1, 0)]
+    assert table.num_groups == 2
+    table.remove(-3)
+    table.add(5)
+    assert table.place(5) == (0, 1)
+    assert table.place(99) == (1, 0), "others keep their places"
+    assert table.object_ids == [10, 99, 5]
+    assert table.valid(2, torch.device("cpu")).tolist() == [[True, True, True], [True, True, False]]

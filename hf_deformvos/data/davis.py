@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers.utils import logging
-
 from .static import IMAGE_SUFFIXES
-from .store import FrameEntry, FrameStore
+from .store import FrameEntry, FrameStore, report_missing
 
-
-logger = logging.get_logger(__name__)
 
 HELD_OUT_SEQUENCES = ("bmx-bumps", "dog-agility", "flamingo", "kite-walk", "scooter-gray", "swing")
 """Training sequences that are never trained on: choices (checkpoints, settings) are made on them."""
@@ -53,19 +49,20 @@ def davis_sequences(root: str | Path, split: str | None = None, year: int | None
     raise ValueError(f"Split {split!r} must be a file ImageSets/<year>/{split}.txt below {root}; there is none.")
 
 
-def list_davis(root: str | Path, sequences: Sequence[str]) -> list[FrameEntry]:
+def list_davis(root: str | Path, sequences: Sequence[str], on_error: str = "skip") -> list[FrameEntry]:
     """
     Pairs frames with masks by name.
 
     Args:
         root (`str` or `Path`): A DAVIS-layout folder.
         sequences (sequence of `str`): Which sequences.
+        on_error (`str`): `"skip"` reports and leaves out frames without a mask, `"raise"` refuses them.
 
     Returns:
-        `list[FrameEntry]` in time order. Frames without a mask are counted in a warning and left out.
+        `list[FrameEntry]` in time order.
 
     Raises:
-        ValueError: If a sequence does not exist.
+        ValueError: If a sequence does not exist, or a mask is missing and `on_error` is `"raise"`.
     """
     root = Path(root)
     images, masks = _subfolder(root, "JPEGImages"), _subfolder(root, "Annotations")
@@ -74,11 +71,9 @@ def list_davis(root: str | Path, sequences: Sequence[str]) -> list[FrameEntry]:
         if not (images / name).is_dir() or not (masks / name).is_dir():
             raise ValueError(f"Sequence {name!r} must have a folder in {images} and in {masks}; one is missing.")
         frames = sorted(path for path in (images / name).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-        missing = [path.stem for path in frames if not (masks / name / f"{path.stem}.png").is_file()]
-        if missing:
-            logger.warning(f"{name}: {len(missing)} frames without a mask are left out: {', '.join(missing[:5])} ...")
-        known = set(missing)
-        entries += [FrameEntry(name, p, masks / name / f"{p.stem}.png") for p in frames if p.stem not in known]
+        pairs = [(path, masks / name / f"{path.stem}.png") for path in frames]
+        report_missing(str(images / name), [path.name for path, mask in pairs if not mask.is_file()], on_error)
+        entries += [FrameEntry(name, path, mask) for path, mask in pairs if mask.is_file()]
     return entries
 
 
@@ -117,7 +112,7 @@ def load_davis(
         merge = (root / "ImageSets" / "2016").is_dir() and not (root / "ImageSets" / "2017").is_dir()
     return FrameStore.build(
         root.name,
-        list_davis(root, names),
+        list_davis(root, names, on_error),
         short_side,
         merge=merge,
         cache_dir=cache_dir,

@@ -6,29 +6,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from transformers.utils import logging
 
-from .store import VOID, FrameEntry, FrameStore, read_mask
+from .store import READ_ERRORS, VOID, FrameEntry, FrameStore, read_mask, report_missing
 
-
-logger = logging.get_logger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
-def list_static_set(folder: str | Path) -> list[FrameEntry]:
+def list_static_set(folder: str | Path, on_error: str = "skip") -> list[FrameEntry]:
     """
     Pairs the images of one set with their masks by name.
 
     Args:
         folder (`str` or `Path`): Holds `images/` and `masks/`.
+        on_error (`str`): `"skip"` reports and leaves out images without a mask, `"raise"` refuses them.
 
     Returns:
-        `list[FrameEntry]`, sorted by name; every image is a sequence of its own. Images without a mask are reported
-        and left out.
+        `list[FrameEntry]`, sorted by name; every image is a sequence of its own.
 
     Raises:
-        ValueError: If one of the two folders is missing.
+        ValueError: If one of the two folders is missing, or a mask is and `on_error` is `"raise"`.
     """
     folder = Path(folder)
     for part in ("images", "masks"):
@@ -43,8 +40,7 @@ def list_static_set(folder: str | Path) -> list[FrameEntry]:
             entries.append(FrameEntry(path.stem, path, masks[path.stem]))
         else:
             missing.append(path.name)
-    if missing:
-        logger.warning(f"{folder}: {len(missing)} images have no mask and are left out: {', '.join(missing[:10])} ...")
+    report_missing(str(folder), missing, on_error)
     return entries
 
 
@@ -82,7 +78,7 @@ def load_static_sets(
     return [
         FrameStore.build(
             folder.name,
-            list_static_set(folder),
+            list_static_set(folder, on_error),
             short_side,
             merge=folder.name in merged_sets or _is_binary_255(folder),
             cache_dir=cache_dir,
@@ -98,6 +94,9 @@ def _is_binary_255(folder: Path) -> bool:
     ids: set[int] = set()
     for path in sorted((folder / "masks").iterdir())[:8]:
         if path.suffix.lower() in IMAGE_SUFFIXES:
-            ids.update(np.unique(read_mask(path, merge=False)).tolist())
+            try:
+                ids.update(np.unique(read_mask(path, merge=False)).tolist())
+            except READ_ERRORS:
+                continue  # reported when the set is decoded
     ids.discard(0)
     return VOID in ids and (len(ids) == 1 or len(ids) > 64)

@@ -23,6 +23,8 @@ logger = logging.get_logger(__name__)
 
 VOID = 255
 _CACHE_FORMAT = 2
+# What Pillow raises for broken files, found by cutting files short and flipping their bytes.
+READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,17 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("DEFORMVOS_CACHE", Path.home() / ".cache" / "deformvos"))
 
 
+def report_missing(folder: str, names: list[str], on_error: str) -> None:
+    """Warns of images that have no mask, or raises, naming them."""
+    if not names:
+        return
+    listed = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
+    message = f"{folder}: {len(names)} images have no mask: {listed}"
+    if on_error == "raise":
+        raise ValueError(f"{message}; add the masks, or let such images be skipped.")
+    logger.warning(f"{message}; they are left out.")
+
+
 def read_mask(path: Path, merge: bool) -> np.ndarray:
     """
     Reads a mask file as ids.
@@ -59,9 +72,20 @@ def read_mask(path: Path, merge: bool) -> np.ndarray:
 
     Returns:
         `np.ndarray` of shape `(height, width)`, uint8.
+
+    Raises:
+        ValueError: If the file holds colours that are neither palette entries nor grays, and `merge` is false.
     """
     with Image.open(path) as image:
-        mask = np.asarray(image if image.mode in ("P", "L", "1") else image.convert("L"))
+        if image.mode in ("P", "L", "1"):
+            mask = np.asarray(image)
+        elif not image.mode.startswith("RGB"):
+            mask = np.asarray(image.convert("L"))
+        else:
+            channels = np.asarray(image.convert("RGB"))
+            mask = channels.max(-1)
+            if not merge and (channels.min(-1) != mask).any():
+                raise ValueError(f"{path} must hold ids as palette entries or grays, got colours.")
     # Files hold 0/1 as often as 0/255: a threshold at 127 would turn the former into empty masks.
     return (mask > 0).astype(np.uint8) if merge else np.ascontiguousarray(mask, dtype=np.uint8)
 
@@ -107,6 +131,7 @@ class FrameStore:
         self.folder = Path(folder)
         meta = json.loads((self.folder / "meta.json").read_text())
         self.name: str = meta["name"]
+        self.skipped: list[str] = meta.get("skipped", [])
         self.frame_names: list[str] = meta["frames"]
         self.sizes: list[tuple[int, int]] = [tuple(size) for size in meta["sizes"]]
         self.sequences: dict[str, range] = {name: range(*span) for name, span in meta["sequences"].items()}
@@ -166,16 +191,26 @@ class FrameStore:
             raise ValueError(f"Data set {name!r} has no frame with a mask; check its folder.")
         parent = Path(cache_dir) if cache_dir is not None else default_cache_dir()
         folder = parent / f"{name}-{short_side}-{_fingerprint(entries, short_side, merge, upscale)}"
-        if not (folder / "meta.json").is_file():
-            parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=parent))
+        if (folder / "meta.json").is_file():
+            store = cls(folder)
+            if store.skipped:
+                _report_unreadable(f"Data set {name!r}: cannot read {'; '.join(store.skipped[:10])}", on_error)
+            return store
+        parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=parent))
+        try:
+            skipped: list[str] = []
+            decoded = _decode(entries, short_side, merge, upscale, on_error, name, show_progress_bar, skipped)
+            _write(temporary, name, decoded, skipped)
             try:
-                decoded = _decode(entries, short_side, merge, upscale, on_error, name, show_progress_bar)
-                _write(temporary, name, decoded)
-                if not folder.exists():
+                os.replace(temporary, folder)
+            except OSError:
+                # Another process was quicker, or a folder without its description is in the way.
+                if not (folder / "meta.json").is_file():
+                    shutil.rmtree(folder)
                     os.replace(temporary, folder)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
         return cls(folder)
 
 
@@ -189,10 +224,24 @@ def _fingerprint(entries: list[FrameEntry], short_side: int, merge: bool, upscal
     return digest.hexdigest()[:16]
 
 
+def _report_unreadable(message: str, on_error: str, cause: Exception | None = None) -> None:
+    """Warns of files that are left out, or raises."""
+    if on_error == "raise":
+        raise ValueError(message) from cause
+    logger.warning(f"{message}; left out.")
+
+
 def _decode(
-    entries: list[FrameEntry], short_side: int, merge: bool, upscale: bool, on_error: str, name: str, show: bool
+    entries: list[FrameEntry],
+    short_side: int,
+    merge: bool,
+    upscale: bool,
+    on_error: str,
+    name: str,
+    show: bool,
+    skipped: list[str],
 ) -> Iterator[tuple[FrameEntry, np.ndarray, np.ndarray]]:
-    """Yields decoded frames in order, read ahead by a few threads; broken files are reported by name."""
+    """Yields decoded frames in order, read ahead by a few threads; broken files are reported, and go to `skipped`."""
     workers = min(4, os.cpu_count() or 1)
     with (
         ThreadPoolExecutor(workers) as pool,
@@ -208,17 +257,17 @@ def _decode(
             entry, future = pending.popleft()
             try:
                 image, mask = future.result()
-            except (OSError, ValueError, SyntaxError) as error:
-                message = f"Data set {name!r}: cannot read {entry.image} with {entry.mask}: {error}"
-                if on_error == "raise":
-                    raise ValueError(message) from error
-                logger.warning(f"{message}; the frame is left out.")
+            except READ_ERRORS as error:
+                skipped.append(f"{entry.image} with {entry.mask}: {error}")
+                _report_unreadable(f"Data set {name!r}: cannot read {skipped[-1]}", on_error, error)
             else:
                 yield entry, image, mask
             bar.update()
 
 
-def _write(folder: Path, name: str, decoded: Iterator[tuple[FrameEntry, np.ndarray, np.ndarray]]) -> None:
+def _write(
+    folder: Path, name: str, decoded: Iterator[tuple[FrameEntry, np.ndarray, np.ndarray]], skipped: list[str]
+) -> None:
     """Writes the flat arrays first and the description last."""
     meta: dict = {"name": name, "frames": [], "sizes": [], "objects": [], "sequences": {}}
     with open(folder / "images.bin", "wb") as images, open(folder / "masks.bin", "wb") as masks:
@@ -234,5 +283,6 @@ def _write(folder: Path, name: str, decoded: Iterator[tuple[FrameEntry, np.ndarr
             meta["sizes"].append(mask.shape)
             meta["objects"].append([[item.object_id, item.area, *item.box] for item in find_objects(mask)])
     if not meta["sizes"]:
-        raise ValueError(f"Data set {name!r}: no frame could be read.")
+        raise ValueError(f"Data set {name!r}: no frame could be read; {'; '.join(skipped[:3])}.")
+    meta["skipped"] = skipped
     (folder / "meta.json").write_text(json.dumps(meta))

@@ -472,7 +472,8 @@ def _paste_all(images: torch.Tensor, ids: torch.Tensor, config: AugmentConfig, g
         if occluder < config.occluder:
             layer = _blob_layer(images[donor[2]], generator)
             clip, labels = _composite(clip, labels, layer, 0, in_front=True)
-        if clip is not original[0]:
+        # Several layers together may hide what each of them alone would not.
+        if clip is not original[0] and int(_first_areas(labels[None]).max()) >= config.min_area:
             changed[index] = (clip, labels)
     # Only now: until here every clip may still be a donor.
     for index, (clip, labels) in changed.items():

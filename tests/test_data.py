@@ -1,0 +1,432 @@
+"""Readers, the cache of decoded frames, clip samplers and the prefetcher, on data sets made here."""
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from synthetic import draw_scene, save_palette, write_davis, write_static_set
+
+from hf_deformvos.data import (
+    HELD_OUT_SEQUENCES,
+    ClipSampler,
+    ClipSpec,
+    Prefetcher,
+    davis_sequences,
+    list_davis,
+    list_static_set,
+    load_davis,
+    load_static_sets,
+    read_mask,
+)
+from hf_deformvos.data.clips import choose_window, cut_window
+from hf_deformvos.data.store import find_objects
+
+
+SPEC = ClipSpec(size=(97, 161), frames=3, batch=4, video_share=0.5, max_gap=2)
+
+
+@pytest.fixture
+def options(tmp_path):
+    return {"cache_dir": tmp_path / "cache", "show_progress_bar": False}
+
+
+@pytest.fixture
+def warnings_of_package(caplog):
+    """transformers' loggers do not propagate; this lets caplog see ours."""
+    logger = logging.getLogger("hf_deformvos")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def ids_of(store) -> set[int]:
+    return {item.object_id for frame in store.objects for item in frame}
+
+
+# ---- masks ----------------------------------------------------------------------------------------------------------
+
+
+def test_masks_of_0_and_1_are_not_thresholded_away(tmp_path, options):
+    write_static_set(tmp_path / "sets" / "ones", values=(1,))
+    (store,) = load_static_sets(tmp_path / "sets", **options)
+    assert ids_of(store) == {1}
+    assert store.objects[0][0].area == 40 * 50
+    assert store.objects[0][0].box == (8, 20, 48, 70)
+
+
+def test_masks_of_0_and_255_are_one_object(tmp_path, options):
+    write_static_set(tmp_path / "sets" / "binary", values=(255,))
+    (store,) = load_static_sets(tmp_path / "sets", **options)
+    assert ids_of(store) == {1}
+    assert int((store.mask(0) == 255).sum()) == 0
+
+
+def test_ids_are_kept_and_255_beside_ids_is_void(tmp_path, options):
+    write_static_set(tmp_path / "sets" / "instances", values=(3, 255))
+    (store,) = load_static_sets(tmp_path / "sets", **options)
+    assert ids_of(store) == {3}
+    assert int((store.mask(0) == 255).sum()) == 40 * 50
+
+
+def test_merged_sets_have_one_object(tmp_path, options):
+    write_static_set(tmp_path / "sets" / "parts", values=(4, 9))
+    (merged,) = load_static_sets(tmp_path / "sets", merged_sets=("parts",), **options)
+    (split,) = load_static_sets(tmp_path / "sets", merged_sets=(), **options)
+    assert ids_of(merged) == {1}
+    assert ids_of(split) == {4, 9}
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "1", "RGB", "RGBA"])
+def test_read_mask_takes_every_mode(tmp_path, mode):
+    _, ids = draw_scene(20, 30, {1: (5, 5, 15, 15)})
+    if mode == "P":
+        save_palette(tmp_path / "mask.png", ids)
+    else:
+        image = Image.fromarray(ids * 255).convert("1") if mode == "1" else Image.fromarray(ids).convert(mode)
+        image.save(tmp_path / "mask.png")
+    assert Image.open(tmp_path / "mask.png").mode == mode
+    for merge in (False, True):
+        mask = read_mask(tmp_path / "mask.png", merge)
+        assert mask.dtype == np.uint8
+        assert np.array_equal(mask, ids)
+
+
+def test_coloured_masks_are_refused_unless_merged(tmp_path):
+    image, ids = draw_scene(20, 30, {1: (5, 5, 15, 15)})
+    Image.fromarray(image * ids[..., None]).save(tmp_path / "mask.png")
+    assert np.array_equal(read_mask(tmp_path / "mask.png", merge=True), ids)
+    with pytest.raises(ValueError, match=r"mask\.png must hold ids as palette entries or grays"):
+        read_mask(tmp_path / "mask.png", merge=False)
+
+
+def test_find_objects_leaves_out_background_and_void():
+    mask = np.zeros((10, 12), np.uint8)
+    mask[2:4, 3:7], mask[9, 11], mask[0] = 7, 2, 255
+    small, large = find_objects(mask)
+    assert (small.object_id, small.area, small.box) == (2, 1, (11, 9, 12, 10))
+    assert (large.object_id, large.area, large.box) == (7, 8, (3, 2, 7, 4))
+
+
+# ---- DAVIS layout ---------------------------------------------------------------------------------------------------
+
+
+def test_davis_reads_palette_ids_in_time_order(tmp_path, options):
+    store = load_davis(write_davis(tmp_path / "davis"), **options)
+    assert list(store.sequences) == ["ant", "bee"]
+    assert store.sequences["bee"] == range(6, 12)
+    assert store.frame_names[:6] == [f"{t:05d}" for t in range(6)]
+    assert ids_of(store) == {1, 2}
+    assert store.image(7).shape == (96, 160, 3)
+    # The red rectangle moves 4 pixels a frame, mask and image together.
+    assert [store.objects[t][0].box[0] for t in range(6)] == [10, 14, 18, 22, 26, 30]
+    for index in range(len(store)):
+        red = (store.image(index)[..., 0] > 180) & (store.image(index)[..., 1] < 80)
+        assert (red == (store.mask(index) == 1)).mean() > 0.98
+
+
+@pytest.mark.parametrize("value", [1, 255])
+def test_davis_2016_masks_are_one_object_whatever_their_value(tmp_path, options, value):
+    root = write_davis(tmp_path / "davis", value=value)
+    assert ids_of(load_davis(root, merge=True, **options)) == {1}
+    (root / "ImageSets" / "2016").mkdir(parents=True)
+    assert ids_of(load_davis(root, **options)) == {1}
+
+
+def test_held_out_sequences_are_left_out_by_default(tmp_path, options):
+    root = write_davis(tmp_path / "davis", names=("ant", *HELD_OUT_SEQUENCES), frames=2)
+    assert len(HELD_OUT_SEQUENCES) == 6
+    assert list(load_davis(root, **options).sequences) == ["ant"]
+    chosen = load_davis(root, sequences=["swing", "ant"], exclude=(), **options)
+    assert list(chosen.sequences) == ["swing", "ant"]
+
+
+def test_splits_are_read_in_both_notations(tmp_path):
+    root = write_davis(tmp_path / "davis", frames=1)
+    for year, text in (
+        (2016, "/JPEGImages/480p/bee/00000.jpg /Annotations/480p/bee/00000.png\n" * 2),
+        (2017, "ant\n"),
+    ):
+        (root / "ImageSets" / str(year)).mkdir(parents=True)
+        (root / "ImageSets" / str(year) / "train.txt").write_text(text)
+    assert davis_sequences(root, "train", 2016) == ["bee"]
+    assert davis_sequences(root, "train") == ["ant"]
+    with pytest.raises(ValueError, match=r"Split 'val' must be a file ImageSets/<year>/val\.txt"):
+        davis_sequences(root, "val")
+
+
+def test_folders_of_the_wrong_form_are_named(tmp_path, options):
+    with pytest.raises(ValueError, match="needs Annotations/"):
+        load_davis(tmp_path, **options)
+    with pytest.raises(ValueError, match="No image set"):
+        load_static_sets(tmp_path, **options)
+    with pytest.raises(ValueError, match="Sequence 'wasp' must have a folder"):
+        list_davis(write_davis(tmp_path / "davis", frames=1), ["wasp"])
+    (tmp_path / "set" / "images").mkdir(parents=True)
+    with pytest.raises(ValueError, match="masks does not exist"):
+        list_static_set(tmp_path / "set")
+
+
+# ---- broken files ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["images", "masks"])
+def test_broken_files_are_reported_by_name_or_refused(tmp_path, options, warnings_of_package, part):
+    folder = write_static_set(tmp_path / "sets" / "some")
+    path = folder / part / "00001.png"
+    path.write_bytes(path.read_bytes()[:60])
+    (store,) = load_static_sets(tmp_path / "sets", **options)
+    assert store.frame_names == ["00000", "00002"]
+    assert "00001.png" in warnings_of_package.text
+    assert len(store.skipped) == 1
+    # Also from the cache, which the tolerant call has filled.
+    with pytest.raises(ValueError, match=r"cannot read .*00001\.png"):
+        load_static_sets(tmp_path / "sets", on_error="raise", **options)
+    warnings_of_package.clear()
+    load_static_sets(tmp_path / "sets", **options)
+    assert "00001.png" in warnings_of_package.text
+
+
+def test_broken_files_are_refused_without_a_trace_in_the_cache(tmp_path, options):
+    folder = write_static_set(tmp_path / "sets" / "some")
+    (folder / "images" / "00002.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"cannot read .*00002\.png"):
+        load_static_sets(tmp_path / "sets", on_error="raise", **options)
+    assert list((tmp_path / "cache").iterdir()) == []
+    with pytest.raises(ValueError, match='must be "skip" or "raise", got \'ignore\''):
+        load_static_sets(tmp_path / "sets", on_error="ignore", **options)
+
+
+def test_a_set_without_any_readable_frame_is_an_error(tmp_path, options):
+    folder = write_static_set(tmp_path / "sets" / "some", count=1)
+    (folder / "images" / "00000.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"no frame could be read; .*00000\.png"):
+        load_static_sets(tmp_path / "sets", **options)
+
+
+def test_missing_masks_are_reported_by_name_or_refused(tmp_path, options, warnings_of_package):
+    folder = write_static_set(tmp_path / "sets" / "some")
+    (folder / "masks" / "00002.png").unlink()
+    root = write_davis(tmp_path / "davis", names=("ant",))
+    (root / "Annotations" / "480p" / "ant" / "00004.png").unlink()
+    (statics,) = load_static_sets(tmp_path / "sets", **options)
+    video = load_davis(root, **options)
+    assert len(statics) == 2
+    assert video.frame_names == ["00000", "00001", "00002", "00003", "00005"]
+    assert "00002.png" in warnings_of_package.text
+    assert "00004.jpg" in warnings_of_package.text
+    with pytest.raises(ValueError, match=r"have no mask: 00002\.png"):
+        load_static_sets(tmp_path / "sets", on_error="raise", **options)
+    with pytest.raises(ValueError, match=r"have no mask: 00004\.jpg"):
+        load_davis(root, on_error="raise", **options)
+
+
+# ---- cache ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_cache_is_used_again_until_a_file_changes(tmp_path, options, monkeypatch):
+    folder = write_static_set(tmp_path / "sets" / "some")
+    (first,) = load_static_sets(tmp_path / "sets", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_deformvos.data.store._read_entry", lambda *_: pytest.fail("decoded again"))
+        (again,) = load_static_sets(tmp_path / "sets", **options)
+    assert again.folder == first.folder
+    assert np.array_equal(again.image(2), first.image(2))
+    mask = folder / "masks" / "00000.png"
+    Image.fromarray(np.full((96, 120), 5, np.uint8)).save(mask)
+    os.utime(mask, ns=(1, 1))
+    (changed,) = load_static_sets(tmp_path / "sets", **options)
+    assert changed.folder != first.folder
+    assert [item.object_id for item in changed.objects[0]] == [5]
+    (smaller,) = load_static_sets(tmp_path / "sets", short_side=48, **options)
+    assert smaller.sizes[0] == (48, 60)
+
+
+def test_a_cache_folder_without_its_description_is_rebuilt(tmp_path, options):
+    write_static_set(tmp_path / "sets" / "some")
+    (first,) = load_static_sets(tmp_path / "sets", **options)
+    (first.folder / "meta.json").unlink()
+    (again,) = load_static_sets(tmp_path / "sets", **options)
+    assert len(again) == 3
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [first.folder.name]
+
+
+def test_the_cache_folder_comes_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("DEFORMVOS_CACHE", str(tmp_path / "elsewhere"))
+    write_static_set(tmp_path / "sets" / "some")
+    (store,) = load_static_sets(tmp_path / "sets", show_progress_bar=False)
+    assert store.folder.parent == tmp_path / "elsewhere"
+
+
+def test_masks_of_another_size_are_brought_to_the_image(tmp_path, options):
+    folder = write_static_set(tmp_path / "sets" / "some", count=1)
+    _, ids = draw_scene(48, 60, {1: (4, 10, 24, 35)})
+    Image.fromarray(ids).save(folder / "masks" / "00000.png")
+    (store,) = load_static_sets(tmp_path / "sets", **options)
+    assert store.mask(0).shape == (96, 120)
+    assert store.objects[0][0].box == (8, 20, 48, 70)
+
+
+# ---- samplers -------------------------------------------------------------------------------------------------------
+
+
+def stores(tmp_path):
+    shared = {"cache_dir": tmp_path / "cache", "show_progress_bar": False}
+    if not (tmp_path / "davis").exists():
+        write_davis(tmp_path / "davis", frames=12)
+        write_static_set(tmp_path / "sets" / "some", values=(1, 2))
+    return [load_davis(tmp_path / "davis", **shared)], load_static_sets(tmp_path / "sets", **shared)
+
+
+def digest(raw) -> str:
+    import hashlib
+
+    return hashlib.sha256(raw.frames.numpy().tobytes() + raw.masks.numpy().tobytes()).hexdigest()
+
+
+def test_a_batch_depends_on_seed_and_index_alone(tmp_path):
+    videos, statics = stores(tmp_path)
+    sampler = ClipSampler(videos, statics, seed=3)
+    later = [digest(sampler(index, SPEC)) for index in (5, 0)]
+    other = ClipSampler(videos, statics, seed=3)
+    assert [digest(other(index, SPEC)) for index in (0, 5)] == later[::-1]
+    assert later[0] != later[1]
+    assert digest(ClipSampler(videos, statics, seed=4)(5, SPEC)) != later[0]
+    code = (
+        "import sys; from pathlib import Path; import test_data as t;"
+        "from hf_deformvos.data import ClipSampler;"
+        "print(t.digest(ClipSampler(*t.stores(Path(sys.argv[1])), seed=3)(5, t.SPEC)))"
+    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    ran = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == later[0]
+
+
+def test_batches_have_the_promised_form(tmp_path):
+    videos, statics = stores(tmp_path)
+    raw = ClipSampler(videos, statics)(0, SPEC)
+    assert raw.frames.shape == (4, 3, *SPEC.canvas, 3)
+    assert raw.frames.dtype == raw.masks.dtype == torch.uint8
+    assert raw.size == (97, 161)
+    for index in range(12):
+        raw = ClipSampler(videos, statics)(index, SPEC)
+        for clip, masks, static in zip(raw.frames, raw.masks, raw.is_static, strict=True):
+            assert (clip == clip[:1]).all() == static, "only still images are repeated"
+            assert ((masks[0] > 0) & (masks[0] < 255)).sum() > 200, "the first frame shows an object"
+            assert set(masks.unique().tolist()) <= {0, 1, 2, 255}
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, {True}), (1.0, {False})])
+def test_the_share_of_video_is_kept(tmp_path, share, expected):
+    sampler = ClipSampler(*stores(tmp_path))
+    spec = ClipSpec(size=(97, 161), frames=2, batch=4, video_share=share)
+    assert {bool(flag) for index in range(3) for flag in sampler(index, spec).is_static} == expected
+
+
+def test_only_one_kind_of_source_is_enough(tmp_path):
+    videos, statics = stores(tmp_path)
+    assert not ClipSampler(videos)(0, ClipSpec((97, 161), 2, 4, video_share=0.0)).is_static.any()
+    assert ClipSampler(statics=statics)(0, ClipSpec((97, 161), 2, 4, video_share=1.0)).is_static.all()
+    with pytest.raises(ValueError, match="Nothing to sample"):
+        ClipSampler()
+
+
+class _CountingStore:
+    """A store of one sequence whose frames hold their own number."""
+
+    def __init__(self, frames: int):
+        self.sequences = {"one": range(frames)}
+        _, self.ids = draw_scene(96, 160, {1: (20, 20, 100, 80)})
+        self.objects = [find_objects(self.ids)] * frames
+        self.sizes = [(96, 160)] * frames
+
+    def image(self, index):
+        return np.full((96, 160, 3), index, np.uint8)
+
+    def mask(self, index):
+        return self.ids
+
+
+@pytest.mark.parametrize(("frames", "count", "max_gap"), [(40, 4, 5), (40, 3, 1), (6, 4, 10), (3, 5, 4)])
+def test_gaps_are_bounded_and_time_runs_one_way(frames, count, max_gap):
+    sampler = ClipSampler([_CountingStore(frames)])
+    seen = set()
+    for index in range(20):
+        raw = sampler(index, ClipSpec((97, 161), count, 2, 1.0, max_gap))
+        for numbers in raw.frames[:, :, 50, 80, 0].int():
+            gaps = numbers.diff()
+            assert gaps.abs().max() <= max_gap
+            assert (gaps >= 0).all() or (gaps <= 0).all()
+            if frames > count:
+                assert (gaps != 0).all()
+            seen.update(gaps.tolist())
+    assert min(seen) < 0 < max(seen), "forwards and backwards"
+    if frames == 40:
+        assert max(seen) == max_gap
+
+
+def test_windows_show_the_object_and_cut_frames_register():
+    rng = np.random.default_rng(0)
+    image, ids = draw_scene(120, 200, {1: (60, 30, 120, 90)})
+    out, mask = np.empty((110, 180, 3), np.uint8), np.empty((110, 180), np.uint8)
+    for _ in range(30):
+        window = choose_window(rng, (120, 200), (60, 30, 120, 90), (110, 180), may_exceed=1.6)
+        cut_window(image, ids, window, out, mask)
+        seen = (out[..., 0] > 180) & (out[..., 1] < 80)
+        inside = mask != 255
+        assert (seen == (mask == 1))[inside].mean() > 0.97
+        shown = (mask == 1).sum() * (window[2] - window[0]) * (window[3] - window[1]) / mask.size
+        assert shown > 0.5 * 60 * 60
+    # A window that reaches beyond the frame: void there.
+    cut_window(image, ids, (-40.0, -24.0, 240.0, 144.0), out, mask)
+    outside = np.ones_like(mask, bool)
+    outside[16:94, 26:154] = False
+    assert (mask[outside] == 255).all()
+    assert (mask == 255).sum() == outside.sum()
+
+
+# ---- prefetcher -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_the_prefetcher_keeps_the_order(workers):
+    def make(index):
+        time.sleep(0.002 * (index % 3))
+        return index
+
+    prefetcher = Prefetcher(make, first=4, stride=2, workers=workers)
+    assert [prefetcher.get() for _ in range(8)] == list(range(4, 20, 2))
+    prefetcher.close()
+    assert not any(thread.name.startswith("clips") for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_prefetcher_raises_where_the_item_was_due(workers):
+    def make(index):
+        if index == 1:
+            raise OSError("item 1 is broken")
+        return index
+
+    prefetcher = Prefetcher(make, workers=workers)
+    assert prefetcher.get() == 0
+    with pytest.raises(OSError, match="item 1 is broken"):
+        prefetcher.get()
+    assert prefetcher.get() == 2
+    prefetcher.close()
+
+
+def test_the_prefetcher_works_ahead_but_not_without_end():
+    made = []
+    prefetcher = Prefetcher(lambda index: made.append(index) or index, workers=1)
+    prefetcher.get()
+    time.sleep(0.05)
+    assert 1 <= len(made) <= 2
+    prefetcher.close()

@@ -1,6 +1,6 @@
 """Image encoders of DeformVOS: MobileNetV2 with torchvision's parameter names, and a ViT with a detail stem."""
 
-from itertools import pairwise
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,34 @@ def conv_norm(in_channels: int, out_channels: int, kernel: int, stride: int = 1,
     return [conv, nn.BatchNorm2d(out_channels)]
 
 
+class FoldedConvolution(nn.Module):
+    """A convolution with its batch norm folded in, and the ReLU6 behind it, if any, applied in the same kernel."""
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, has_activation: bool):
+        super().__init__()
+        self.conv = fuse_conv_bn_eval(conv, norm)
+        self.activation, self.bounds = ("hardtanh", [0.0, 6.0]) if has_activation else ("none", [])
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        conv = self.conv
+        if not torch.is_grad_enabled() and _has_fused_kernel(hidden.device.type, hidden.dtype):
+            # What torch.compile's frozen graphs call on CPUs. A separate ReLU6 costs more than some of the
+            # convolutions: it is bound by memory, and slower in bfloat16 than in float32.
+            geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
+            return torch.ops.mkldnn._convolution_pointwise(
+                hidden, conv.weight, conv.bias, *geometry, self.activation, self.bounds, ""
+            )
+        hidden = conv(hidden)
+        return F.relu6(hidden, inplace=True) if self.bounds else hidden
+
+
+@cache
+def _has_fused_kernel(device: str, dtype: torch.dtype) -> bool:
+    if device != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 class InvertedResidual(nn.Module):
     """MobileNetV2's block; the nesting of `conv` gives torchvision's parameter names."""
 
@@ -39,8 +67,8 @@ class InvertedResidual(nn.Module):
         width = in_channels * expansion
         layers: list[nn.Module] = []
         if expansion != 1:
-            layers.append(nn.Sequential(*conv_norm(in_channels, width, 1), nn.ReLU6()))
-        layers.append(nn.Sequential(*conv_norm(width, width, 3, stride, groups=width), nn.ReLU6()))
+            layers.append(nn.Sequential(*conv_norm(in_channels, width, 1), nn.ReLU6(inplace=True)))
+        layers.append(nn.Sequential(*conv_norm(width, width, 3, stride, groups=width), nn.ReLU6(inplace=True)))
         layers += conv_norm(width, out_channels, 1)
         self.conv = nn.Sequential(*layers)
         self.has_shortcut = stride == 1 and in_channels == out_channels
@@ -58,7 +86,7 @@ class MobileNetV2Backbone(nn.Module):
 
     def __init__(self, config: DeformVosConfig):
         super().__init__()
-        layers: list[nn.Module] = [nn.Sequential(*conv_norm(3, 32, 3, stride=2), nn.ReLU6())]
+        layers: list[nn.Module] = [nn.Sequential(*conv_norm(3, 32, 3, stride=2), nn.ReLU6(inplace=True))]
         channels = 32
         for expansion, width, blocks, stride in MOBILENET_STAGES:
             for block in range(blocks):
@@ -87,13 +115,16 @@ class MobileNetV2Backbone(nn.Module):
         return self
 
     def fold_batch_norm(self):
-        """Replace each convolution and its batch norm by one convolution, in place."""
-        for container in list(self.modules()):
-            if not isinstance(container, nn.Sequential):
-                continue
-            for index, (conv, norm) in enumerate(pairwise(container)):
-                if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                    container[index], container[index + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+        """Replace each convolution, its batch norm and its ReLU6 by one module, in place."""
+        for container in [module for module in self.modules() if isinstance(module, nn.Sequential)]:
+            layers = list(container)
+            for index, layer in enumerate(layers):
+                if isinstance(layer, nn.BatchNorm2d):
+                    has_activation = isinstance(layers[-1], nn.ReLU6)
+                    container[index - 1] = FoldedConvolution(layers[index - 1], layer, has_activation)
+                    container[index] = nn.Identity()
+                    if has_activation:
+                        container[index + 1] = nn.Identity()
         self.is_folded = True
 
     def freeze_pretrained(self):

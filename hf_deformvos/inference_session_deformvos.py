@@ -284,7 +284,8 @@ class DeformVosInferenceSession:
                 f"Frame {frame_idx} is {size[0]}x{size[1]} (height x width) at network resolution, the frames before it "
                 f"{self._frame_size[0]}x{self._frame_size[1]}. A session takes frames of one size: start another."
             )
-        if not torch.isfinite(pixel_values).all():
+        # One pass and no temporary: a sum is finite only if every pixel is.
+        if not pixel_values.sum(dtype=torch.float32).isfinite():
             raise ValueError(f"Frame {frame_idx} holds NaN or infinite values.")
         self._frame_size = size
         return pixel_values.to(self.inference_device or model.device, model.dtype)

@@ -146,7 +146,7 @@ class GridDeformableAttention(nn.Module):
         channels = query.shape[1]
         sampled = [sample_at(torch.cat(pair, dim=1), locations) for pair in zip(keys, values, strict=True)]
         sampled = torch.cat(sampled, dim=1)
-        scores = to_tokens(query) @ sampled[..., :channels].transpose(1, 2) / math.sqrt(channels)
+        scores = to_tokens(query / math.sqrt(channels)) @ sampled[..., :channels].transpose(1, 2)
         if self.distance_decay is not None:
             scores = scores + self._bias(locations, height, width).repeat(1, 1, len(keys))
         attention = _softmax(scores, sampled.dtype)
@@ -217,7 +217,7 @@ class QueryDeformableAttention(nn.Module):
         are `(B, n, P, 2)`."""
         (key,), (value,) = keys, values
         height, width = query.shape[-2:]
-        scores = to_tokens(query) @ key.flatten(2) / math.sqrt(query.shape[1])
+        scores = to_tokens(query / math.sqrt(query.shape[1])) @ key.flatten(2)
         locations = self.locate(query, scores)
         index, weights = bilinear_corners(locations, height, width)
         corner_scores = scores.gather(2, index.flatten(2)).unflatten(2, index.shape[2:])

@@ -366,7 +366,9 @@ def load_model(arguments: argparse.Namespace) -> LoadedModel:
     name = arguments.model or _default_model()
     if not os.path.isdir(name) and (name.count("/") > 1 or name.startswith((".", "/", "~")) or os.path.exists(name)):
         raise ValueError(f"--model must be a folder or a Hub repository (owner/name), got {name!r}, which is neither.")
-    model = AutoModel.from_pretrained(name, dtype=getattr(torch, arguments.dtype)).eval().fold_batch_norm().to(device)
+    # Batch norm is folded in full precision, before any cast.
+    model = AutoModel.from_pretrained(name, dtype=torch.float32).eval().fold_batch_norm()
+    model = model.to(device, getattr(torch, arguments.dtype))
     processor = AutoProcessor.from_pretrained(name)
     return LoadedModel(model, processor, name, _weights_sha256(name), device, arguments.dtype)
 

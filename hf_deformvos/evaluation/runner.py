@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoProcessor
 from transformers.utils import cached_file, logging
 
 from ..video.writer import write_palette_png
 from .layouts import EvaluationDataset, EvaluationSequence, limit_short_side
+from .macs import count_macs as counting_macs
 from .scoring import SequenceScore, SequenceScorer, map_in_processes, score_folder
 
 
@@ -267,10 +267,9 @@ class _Stream:
     def _network(self, pixel_values: torch.Tensor, timed: bool, count_macs: bool):
         """One step of the model, timed or counted."""
         if count_macs:
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
+            with counting_macs() as macs, torch.no_grad():
                 output = self.runner.model(inference_session=self.session, frame=pixel_values)
-            # The counter takes a multiply-accumulate for two operations.
-            self.macs = counter.get_total_flops() // 2
+            self.macs = macs.value
             return output
         _synchronize(self.runner.device)
         start = time.perf_counter()
@@ -300,9 +299,12 @@ class _Stream:
 def load_pretrained(config: RunnerConfig) -> tuple:
     """Loads the model (in evaluation mode, on its device) and the processor that a [`RunnerConfig`] names."""
     overrides = {} if config.memory_interval is None else {"memory_interval": config.memory_interval}
-    model = AutoModel.from_pretrained(config.model, dtype=getattr(torch, config.dtype), **overrides)
+    model = AutoModel.from_pretrained(config.model, dtype=torch.float32, **overrides).eval()
     processor = AutoProcessor.from_pretrained(config.model)
-    return model.eval().to(resolve_device(config.device)), processor
+    if hasattr(model, "fold_batch_norm"):
+        # In full precision, before any cast: that is how the speed figures are stated.
+        model.fold_batch_norm()
+    return model.to(resolve_device(config.device), getattr(torch, config.dtype)), processor
 
 
 def resolve_device(device: str | None) -> torch.device:

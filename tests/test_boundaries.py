@@ -19,6 +19,7 @@ PARTS = {
     "data": {"video"},
     "evaluation": {"video", "data"},
     "training": {"video", "data", "evaluation"},
+    "export": set(),
     "cli": {"video", "data", "evaluation"},
 }
 

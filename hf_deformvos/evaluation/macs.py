@@ -30,7 +30,7 @@ def count_macs() -> Iterator[MacCount]:
     print(macs.value)
     ```
     """
-    fused = torch.ops.mkldnn._convolution_pointwise.default
+    fused = torch.ops.mkldnn._convolution_pointwise
     count = MacCount()
     with FlopCounterMode(display=False, custom_mapping={fused: _fused_convolution}) as counter:
         yield count

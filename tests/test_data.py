@@ -92,7 +92,8 @@ def test_read_mask_takes_every_mode(tmp_path, mode):
     else:
         image = Image.fromarray(ids * 255).convert("1") if mode == "1" else Image.fromarray(ids).convert(mode)
         image.save(tmp_path / "mask.png")
-    assert Image.open(tmp_path / "mask.png").mode == mode
+    with Image.open(tmp_path / "mask.png") as image:
+        assert image.mode == mode
     for merge in (False, True):
         mask = read_mask(tmp_path / "mask.png", merge)
         assert mask.dtype == np.uint8

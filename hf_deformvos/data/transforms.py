@@ -293,11 +293,11 @@ def jitter_colors(images: torch.Tensor, config: AugmentConfig, generator: torch.
     brightness, contrast = 0.12 * draw[..., 0], torch.exp(0.3 * draw[..., 1])
     saturation = torch.exp(0.4 * draw[..., 2])
     saturation[gray] = 0.0
-    matrix = contrast[..., None, None] * (_hue_rotation(0.25 * draw[..., 3]) @ _saturation(saturation))
-    matrix = matrix.to(images.device)
-    # Contrast turns about the clip's mean colour.
+    turn = (_hue_rotation(0.25 * draw[..., 3]) @ _saturation(saturation)).to(images.device)
+    contrast, brightness = (factor.to(images.device)[..., None, None] for factor in (contrast, brightness))
+    # Contrast turns about the clip's mean colour, hue and saturation about gray.
     mean = images[..., ::4, ::4].mean(dim=(1, 3, 4)).view(batch, 1, 3, 1) / 255
-    bias = mean - matrix @ mean + brightness.to(images.device)[..., None, None]
+    matrix, bias = contrast * turn, (1 - contrast) * (turn @ mean) + brightness
     center, spread = (torch.tensor(v, device=images.device).view(3, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     matrix, bias = matrix / (255 * spread), (bias - center) / spread
     out = torch.baddbmm(bias.flatten(0, 1), matrix.flatten(0, 1), images.flatten(0, 1).flatten(2))

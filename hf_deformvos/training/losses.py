@@ -1,4 +1,4 @@
-"""Segmentation losses as pure functions, in float32 whatever the inputs' dtype."""
+"""Segmentation losses as pure functions, in float32 (float64 for inputs in float64)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ VOID = 255
 _MASKED = -1e4
 
 
+def _full_precision(logits: torch.Tensor) -> torch.Tensor:
+    """Half precision becomes float32: sums over a frame's pixels need it."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def upsample_logits(logits: torch.Tensor, size: tuple[int, int], object_valid: torch.Tensor | None) -> torch.Tensor:
     """
     Brings logits to the size of the labels and rules out objects that do not exist.
@@ -22,10 +27,11 @@ def upsample_logits(logits: torch.Tensor, size: tuple[int, int], object_valid: t
         object_valid (`torch.Tensor` of shape `(batch, num_objects)`, *optional*): bool; false objects get -1e4.
 
     Returns:
-        `torch.Tensor` of shape `(batch, frames, num_objects + 1, *size)`, float32.
+        `torch.Tensor` of shape `(batch, frames, num_objects + 1, *size)`, at least float32.
     """
     batch, frames = logits.shape[:2]
-    large = F.interpolate(logits.flatten(0, 1).float(), size=size, mode="bilinear", align_corners=True)
+    flat = _full_precision(logits).flatten(0, 1)
+    large = F.interpolate(flat, size=size, mode="bilinear", align_corners=True)
     large = large.unflatten(0, (batch, frames))
     if object_valid is not None and not bool(object_valid.all()):
         absent = F.pad(~object_valid, (1, 0), value=False)
@@ -50,7 +56,8 @@ def bootstrapped_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, keep:
     """
     if not 0.0 < keep <= 1.0:
         raise ValueError(f"`keep` must be a share in (0, 1], got {keep}.")
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(0, 1), ignore_index=VOID, reduction="none")
+    flat = _full_precision(logits).flatten(0, 1)
+    losses = F.cross_entropy(flat, labels.flatten(0, 1), ignore_index=VOID, reduction="none")
     losses = losses.flatten(1)
     counts = (labels.flatten(0, 1).flatten(1) != VOID).sum(1)
     wanted = torch.ceil(counts * keep - 1e-6).clamp_min(1)
@@ -82,7 +89,7 @@ def soft_jaccard_loss(
         `torch.Tensor` of shape `()`; 0 if no object shows.
     """
     known = labels != VOID
-    probabilities = logits.float().softmax(2)
+    probabilities = _full_precision(logits).softmax(2)
     losses, weights = [], []
     for number in range(1, logits.shape[2]):
         target = labels == number

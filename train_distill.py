@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+from dataclasses import fields
 from pathlib import Path
 
+import yaml
 from accelerate.utils import set_seed
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoModel, HfArgumentParser
 
 import hf_deformvos
@@ -23,24 +28,45 @@ from hf_deformvos.training import HeldOutEvaluation, SegmentationTask, Trainer, 
 from hf_deformvos.training.trainer import make_accelerator
 
 
+class _Parser(HfArgumentParser):
+    """Flags whose mistakes are errors like all others rather than the end of the process."""
+
+    def error(self, message: str):
+        """Raises what argparse would print below a screen of usage."""
+        raise ValueError(f"{message}; see --help")
+
+
+def read_settings(path: str) -> dict:
+    """Settings from a JSON or YAML file."""
+    text = Path(path).read_text()
+    try:
+        values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is not a valid configuration file: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must map settings to values, got {type(values).__name__}.")
+    known = {item.name for item in fields(TrainingConfig)}
+    unknown = sorted(str(name) for name in values.keys() - known)
+    if unknown:
+        raise ValueError(f"{path} has unknown settings {unknown}; --help lists all that there are.")
+    return values
+
+
 def parse(arguments: list[str]) -> TrainingConfig:
     """Settings from flags, from a file, or from a file with flags that override it."""
-    parser = HfArgumentParser(TrainingConfig)
-    if not arguments or not arguments[0].endswith((".json", ".yaml", ".yml")):
-        return parser.parse_args_into_dataclasses(arguments)[0]
-    path, *flags = arguments
-    read = parser.parse_json_file if path.endswith(".json") else parser.parse_yaml_file
-    config = read(path)[0]
-    if not flags:
-        return config
-    given = {
-        flag.split("=")[0].lstrip("-").replace("no_", "", 1) if flag.startswith("--no_") else flag.split("=")[0][2:]
-        for flag in flags
-        if flag.startswith("--")
-    }
-    overriding = parser.parse_args_into_dataclasses(flags)[0]
-    values = {name: getattr(overriding if name in given else config, name) for name in config.to_dict()}
-    return TrainingConfig(**values)
+    parser = _Parser(TrainingConfig, allow_abbrev=False)
+    if arguments and arguments[0].endswith((".json", ".yaml", ".yml")):
+        path, *arguments = arguments
+        values = read_settings(path)
+        # Checked before flags are: argparse converts defaults that are text, and would name the flag, not the file.
+        TrainingConfig(**values)
+        parser.set_defaults(**values)
+    config, unknown = parser.parse_args_into_dataclasses(
+        arguments, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise ValueError(f"unknown arguments {unknown}; see --help")
+    return config
 
 
 def split_mask_rule(folder: str) -> tuple[str, bool | None]:
@@ -96,7 +122,11 @@ def build_evaluation(config: TrainingConfig) -> HeldOutEvaluation | None:
         )
     root, merge = split_mask_rule(folder)
     names = [name for name in davis_sequences(root) if name in HELD_OUT_SEQUENCES]
-    store = load_davis(root, config.video_short_side, merge, sequences=names, exclude=(), cache_dir=config.cache_dir)
+    if not names:
+        held_out = ", ".join(HELD_OUT_SEQUENCES)
+        raise ValueError(f"{root} has none of the held-out sequences {held_out}; give `eval_dir`.")
+    shared = {"cache_dir": config.cache_dir, "on_error": config.on_data_error}
+    store = load_davis(root, config.video_short_side, merge, sequences=names, exclude=(), **shared)
     return HeldOutEvaluation(store, mixed_precision=config.mixed_precision)
 
 
@@ -125,8 +155,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         processor = hf_deformvos.DeformVosProcessor(hf_deformvos.DeformVosImageProcessor())
         Trainer(config, task, sampler, processor, evaluate, accelerator).train()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, SafetensorError, StrictDataclassError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 

@@ -15,6 +15,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 STATE_FILE = "trainer_state.json"
+_WRITING = ".writing-"
 _PATTERN = re.compile(r"checkpoint-(\d+)")
 
 
@@ -43,8 +44,10 @@ def write_checkpoint(output_dir: str | Path, step: int, write: Callable[[Path], 
         `Path` of the checkpoint.
     """
     output_dir = Path(output_dir)
-    temporary, final = output_dir / f".writing-checkpoint-{step}", output_dir / f"checkpoint-{step}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, final = output_dir / f"{_WRITING}checkpoint-{step}", output_dir / f"checkpoint-{step}"
+    # Also what runs that were killed while writing have left.
+    for leftover in output_dir.glob(f"{_WRITING}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
     write(temporary)
     (temporary / STATE_FILE).write_text(json.dumps(state, indent=2))
@@ -55,7 +58,9 @@ def write_checkpoint(output_dir: str | Path, step: int, write: Callable[[Path], 
         shutil.rmtree(final)
     os.replace(temporary, final)
     if keep > 0:
-        for old in list_checkpoints(output_dir)[:-keep]:
+        # Never the one just written: a run that was resumed from an early checkpoint has later ones beside it.
+        others = [path for path in list_checkpoints(output_dir) if path != final]
+        for old in others[: max(0, len(others) - keep + 1)]:
             shutil.rmtree(old)
     return final
 
@@ -84,6 +89,6 @@ def find_checkpoint(output_dir: str | Path, which: str) -> Path | None:
         found = list_checkpoints(output_dir)
         return found[-1] if found else None
     path = Path(which)
-    if not (path / STATE_FILE).is_file():
+    if path.name.startswith(_WRITING) or not (path / STATE_FILE).is_file():
         raise ValueError(f"`resume_from_checkpoint` must be a complete checkpoint folder or latest, got {which!r}.")
     return path

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import NoneType
+from typing import get_args, get_origin, get_type_hints
 
 from ..data.clips import ClipSpec
 from ..data.transforms import AugmentConfig
@@ -35,19 +38,68 @@ class Stage:
     @classmethod
     def from_dict(cls, values: dict) -> Stage:
         """Builds a stage from a mapping, naming what is wrong with it."""
+        if not isinstance(values, dict):
+            raise ValueError(f"A stage must be an object with until, size, frames and batch, got {values!r}.")
         unknown = set(values) - {item.name for item in fields(cls)}
         missing = {"until", "size", "frames", "batch"} - set(values)
         if unknown or missing:
-            raise ValueError(f"A stage has until, size, frames, batch and overrides: missing {missing}, got {values}.")
-        return cls(**{**values, "size": tuple(values["size"])})
+            raise ValueError(
+                "A stage has until, size, frames, batch and, at will, video_share, max_gap, paste, distractor: "
+                f"missing {sorted(missing)}, unknown {sorted(unknown)}, got {values}."
+            )
+        size = values["size"]
+        return cls(**{**values, "size": tuple(size) if isinstance(size, list | tuple) else (size,)})
 
     def __post_init__(self):
-        if not 0 < self.until <= 1:
-            raise ValueError(f"A stage's `until` must be in (0, 1], got {self.until}.")
-        if len(self.size) != 2 or any(side < 17 or side % 16 != 1 for side in self.size):
+        if not _is_number(self.until) or not 0 < self.until <= 1:
+            raise ValueError(f"A stage's `until` must be in (0, 1], got {self.until!r}.")
+        if len(self.size) != 2 or any(not _is_whole(side) or side < 17 or side % 16 != 1 for side in self.size):
             raise ValueError(f"A stage's `size` must be two numbers of the form 16k+1, got {self.size}.")
-        if self.frames < 2 or self.batch < 1:
-            raise ValueError(f"A stage needs frames >= 2 and batch >= 1, got {self.frames} and {self.batch}.")
+        if not _is_whole(self.frames) or not _is_whole(self.batch) or self.frames < 2 or self.batch < 1:
+            raise ValueError(
+                f"A stage needs whole frames >= 2 and batch >= 1, got {self.frames!r} and {self.batch!r}."
+            )
+        for name in ("video_share", "paste", "distractor"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and 0 <= value <= 1):
+                raise ValueError(f"A stage's `{name}` must be between 0 and 1, got {value!r}.")
+        if self.max_gap is not None and not (_is_whole(self.max_gap) and self.max_gap >= 1):
+            raise ValueError(f"A stage's `max_gap` must be a whole number of at least 1, got {self.max_gap!r}.")
+
+
+def _is_whole(value) -> bool:
+    """Whether a value is an integer; true and false are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+    """Whether a value is a finite number; true and false are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _typed(name: str, value, hint):
+    """A setting's value as its annotation wants it: files are not typed as the command line is."""
+    kinds = get_args(hint) if NoneType in get_args(hint) else (hint,)
+    if value is None and NoneType in kinds:
+        return value
+    kind = kinds[0]
+    if get_origin(kind) is list:
+        fits, rule = isinstance(value, list) and all(isinstance(item, str) for item in value), "a list of texts"
+    elif kind is float:
+        if isinstance(value, str):
+            # YAML reads 1e-3, which has no point, as text.
+            try:
+                value = float(value)
+            except ValueError:
+                pass
+        fits, rule = _is_number(value), "a number"
+    elif kind is int:
+        fits, rule = _is_whole(value), "a whole number"
+    else:
+        fits, rule = isinstance(value, kind), "true or false" if kind is bool else "text"
+    if not fits:
+        raise ValueError(f"`{name}` must be {rule}, got {value!r}.")
+    return value
 
 
 DEFAULT_STAGES = (
@@ -55,6 +107,48 @@ DEFAULT_STAGES = (
     {"until": 0.8, "size": [257, 449], "frames": 3, "batch": 4},
     {"until": 1.0, "size": [321, 577], "frames": 4, "batch": 2},
 )
+
+
+_SHARES = (
+    "video_share",
+    "own_masks_start",
+    "own_masks_end",
+    "own_masks_from",
+    "own_masks_until",
+    "paste",
+    "distractor",
+    "occluder",
+    "bootstrap_warm_up",
+    "warm_up",
+)
+_POSITIVE = ("bootstrap_share", "learning_rate", "max_grad_norm", "max_train_minutes")
+_LOWEST = {
+    0: (
+        "backbone_lr_scale",
+        "ce_weight",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "color",
+        "data_workers",
+        "eval_steps",
+        "jaccard_weight",
+        "motion",
+        "offset_lr_scale",
+        "poly_power",
+        "seed",
+        "weight_decay",
+    ),
+    1: (
+        "gradient_accumulation_steps",
+        "logging_steps",
+        "max_gap",
+        "max_objects",
+        "max_train_steps",
+        "memory_interval",
+        "static_short_side",
+        "video_short_side",
+    ),
+}
 
 
 def _help(default, text: str):
@@ -149,21 +243,43 @@ class TrainingConfig:
     hub_model_id: str | None = _help(None, "Repository to upload to.")
 
     def __post_init__(self):
+        for name, hint in get_type_hints(type(self)).items():
+            # A curriculum may also be written out in a configuration file.
+            if not (name == "stages" and isinstance(self.stages, list)):
+                setattr(self, name, _typed(name, getattr(self, name), hint))
+        self._check_choices()
+        self._check_ranges()
+        self._stages = self._parse_stages()
+
+    def _check_choices(self) -> None:
+        """Settings that are one of a few words, or need another."""
         if self.supervision not in ("labels", "pseudo", "both"):
             raise ValueError(f"`supervision` must be labels, pseudo or both, got {self.supervision!r}.")
         if self.mixed_precision not in ("no", "bf16", "fp16"):
             raise ValueError(f"`mixed_precision` must be no, bf16 or fp16, got {self.mixed_precision!r}.")
-        for name in ("video_share", "own_masks_start", "own_masks_end", "paste", "distractor", "occluder"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` must be between 0 and 1, got {getattr(self, name)}.")
-        for name in ("gradient_accumulation_steps", "logging_steps", "max_gap", "max_objects"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if not 0 < self.bootstrap_share <= 1:
-            raise ValueError(f"`bootstrap_share` must be in (0, 1], got {self.bootstrap_share}.")
+        if self.on_data_error not in ("skip", "raise"):
+            raise ValueError(f"`on_data_error` must be skip or raise, got {self.on_data_error!r}.")
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("`push_to_hub` needs `hub_model_id`, the repository to upload to.")
-        self._stages = self._parse_stages()
+
+    def _check_ranges(self) -> None:
+        """Settings that are numbers."""
+        for name in _SHARES:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must be between 0 and 1, got {getattr(self, name)}.")
+        for lowest, names in _LOWEST.items():
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and value < lowest:
+                    raise ValueError(f"`{name}` must be at least {lowest}, got {value}.")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"`{name}` must be greater than 0, got {value}.")
+        if self.bootstrap_share > 1:
+            raise ValueError(f"`bootstrap_share` must be in (0, 1], got {self.bootstrap_share}.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be in [0, 1), got {self.ema_decay}.")
 
     def _parse_stages(self) -> list[Stage]:
         """The curriculum, in order, checked."""
@@ -176,6 +292,8 @@ class TrainingConfig:
                 raise ValueError(
                     f"`stages` must be a JSON list or a path to one: {error}; got {text[:80]!r}."
                 ) from error
+        if not isinstance(values, list):
+            raise ValueError(f"`stages` must be a JSON list or a path to one, got {values!r}.")
         stages = [Stage.from_dict(item) for item in values]
         ends = [stage.until for stage in stages]
         if not ends or ends != sorted(set(ends)) or ends[-1] != 1.0:

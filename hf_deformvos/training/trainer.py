@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ..data.clips import ClipSampler, Prefetcher
 from ..data.transforms import augment_clips
-from .checkpoint import STATE_FILE, find_checkpoint, write_checkpoint
+from .checkpoint import STATE_FILE, find_checkpoint, list_checkpoints, write_checkpoint
 from .config import Stage, TrainingConfig
 from .ema import WeightAverage
 from .losses import bootstrap_share
@@ -132,6 +132,7 @@ class Trainer:
         self._skipped = 0
         self._history: list[dict] = []
         self._evaluation: dict[str, float] = {}
+        self._evaluated_step = -1
         self._last_line: dict[str, float] = {}
         self._resumed_at, self._resumed_progress = 0.0, 0.0
 
@@ -147,12 +148,11 @@ class Trainer:
         return min(1.0, max(shares))
 
     def _shared_progress(self) -> float:
-        """Progress that all processes agree on."""
-        progress = self.progress_at(self.step, self.elapsed)
+        """Progress that all processes agree on: the first one's clock counts."""
         if self.config.max_train_minutes and self.accelerator.num_processes > 1:
-            tensor = torch.tensor(progress, dtype=torch.float64, device=self.accelerator.device)
-            progress = float(broadcast(tensor))
-        return progress
+            tensor = torch.tensor(self.elapsed, dtype=torch.float64, device=self.accelerator.device)
+            self.elapsed = float(broadcast(tensor))
+        return self.progress_at(self.step, self.elapsed)
 
     # ---- loop -------------------------------------------------------------------------------------------------------
 
@@ -162,11 +162,22 @@ class Trainer:
 
         Returns:
             `dict`: the results.
+
+        Raises:
+            ValueError: If the folder holds another run's checkpoints and this one does not resume, or a checkpoint
+                does not fit.
         """
         config = self.config
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if config.resume_from_checkpoint:
             self._resume()
+        elif list_checkpoints(self.output_dir):
+            raise ValueError(
+                f"`output_dir` {config.output_dir!r} holds an earlier run's checkpoints; continue it with "
+                "`resume_from_checkpoint` latest, or name another folder."
+            )
+        # Before a first step of a quick process can write a checkpoint that a slow one would take for another run's.
+        self.accelerator.wait_for_everyone()
         if config.with_tracking:
             self.accelerator.init_trackers("deformvos", config={k: str(v) for k, v in config.to_dict().items()})
         world = self.accelerator.num_processes
@@ -179,8 +190,11 @@ class Trainer:
         self.task.train()
         self._clock = time.perf_counter()
         try:
-            while (progress := self._shared_progress()) < 1.0:
-                self._record(self._train_step(prefetcher, progress), progress)
+            progress = self._shared_progress()
+            while progress < 1.0:
+                record = self._train_step(prefetcher, progress)
+                progress = self._shared_progress()
+                self._record(record, progress)
                 if config.eval_steps and self.step % config.eval_steps == 0:
                     self._run_evaluation()
                 if config.checkpointing_steps and self.step % config.checkpointing_steps == 0:
@@ -266,15 +280,19 @@ class Trainer:
     # ---- logs -------------------------------------------------------------------------------------------------------
 
     def _record(self, record: dict, progress: float) -> None:
-        """Collects a step's figures and logs their means every `logging_steps` steps."""
+        """Collects a step's figures and logs their means every `logging_steps` steps and after the last one."""
         self._history.append(record)
         if self.step % self.config.logging_steps and progress < 1.0:
             return
         means = {name: float(sum(float(item[name]) for item in self._history)) / len(self._history) for name in record}
+        names = [name for name in means if name.startswith("loss")]
+        # Every process has seen other clips; the mean is the loss that the step went down.
+        shared = torch.tensor([means[name] for name in names], dtype=torch.float32, device=self.accelerator.device)
+        means.update(zip(names, self.accelerator.reduce(shared, "mean").tolist(), strict=True))
         total = sum(item["time"] for item in self._history)
         line = {
             "step": self.step,
-            "progress": round(self.progress_at(self.step, self.elapsed), 4),
+            "progress": round(progress, 4),
             **{name: value for name, value in means.items() if name.startswith("loss") or name in ("grad_norm", "lr")},
             "clips_per_second": sum(item["clips"] for item in self._history) / total,
             "data_wait_share": sum(item["wait"] for item in self._history) / total,
@@ -300,6 +318,7 @@ class Trainer:
 
     def _run_evaluation(self) -> None:
         """Scores the averaged weights and keeps the best."""
+        self._evaluated_step = self.step
         if self.evaluate is None or not self.accelerator.is_main_process:
             self.accelerator.wait_for_everyone()
             return
@@ -371,7 +390,12 @@ class Trainer:
             logger.warning(f"No checkpoint in {self.output_dir}; training starts afresh.")
             return
         state = json.loads((path / STATE_FILE).read_text())
-        self.student.load_state_dict(load_file(path / "training" / "student.safetensors"))
+        self._warn_of_changes(state["config"])
+        try:
+            self.student.load_state_dict(load_file(path / "training" / "student.safetensors"))
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{path} was written by a run with another student: {reason}") from error
         self.average.load(load_file(path / "training" / "average.safetensors"), state["average_updates"])
         saved = torch.load(path / "training" / "optimizer.pt", map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -382,9 +406,18 @@ class Trainer:
         self._resumed_at, self._resumed_progress = self.elapsed, self.progress_at(self.step, self.elapsed)
         logger.info(f"Resumed from {path} at step {self.step}, {self.elapsed / 60:.1f} minutes.")
 
+    def _warn_of_changes(self, before: dict) -> None:
+        """Says which settings are not those that the checkpoint was written with."""
+        free = {"output_dir", "resume_from_checkpoint", "cache_dir", "data_workers", "logging_steps"}
+        now = self.config.to_dict()
+        changed = [name for name in now if name not in free and name in before and before[name] != now[name]]
+        if changed:
+            listed = ", ".join(f"{name} {before[name]!r} -> {now[name]!r}" for name in changed)
+            logger.warning(f"Settings changed since the checkpoint, so this is not the run that it began: {listed}")
+
     def _finish(self) -> dict:
         """Saves the model and the results."""
-        if self.config.eval_steps and self.step % self.config.eval_steps:
+        if self.config.eval_steps and self._evaluated_step != self.step:
             self._run_evaluation()
         results = {
             "steps": self.step,

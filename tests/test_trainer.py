@@ -1,0 +1,572 @@
+"""
+The training loop: schedule, exact resuming, averaged weights, checkpoints, several processes, users' mistakes.
+
+`accelerate launch --cpu --num_processes 2` starts one process only (accelerate wants MPI for more on a CPU), so the
+test of two processes starts them with torchrun, which accelerate understands just as well.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, TINY_CONFIG
+from safetensors.torch import load_file
+from synthetic import write_davis, write_static_set
+from torch import nn
+
+
+pytest.importorskip("accelerate")
+
+from accelerate.state import AcceleratorState, GradientState
+
+import train_distill
+from hf_deformvos.data import AugmentConfig, ClipSampler, RawBatch, load_static_sets
+from hf_deformvos.training import SegmentationTask, Trainer, TrainingConfig
+from hf_deformvos.training.checkpoint import find_checkpoint, list_checkpoints, write_checkpoint
+from hf_deformvos.training.ema import WeightAverage
+from hf_deformvos.training.trainer import learning_rate_factor, parameter_groups
+
+
+STAGE = {"until": 1.0, "size": [33, 49], "frames": 2, "batch": 2}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(monkeypatch):
+    """Accelerate's state is global; sums of floats depend on the number of threads, so there is one everywhere."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    torch.set_num_threads(threads)
+
+
+class Toy(nn.Module):
+    """The smallest student: colours of a frame, and where the object was in the first one, decide."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Conv2d(3, 4, 3, stride=4, padding=1)
+        self.offset_head = nn.Conv2d(5, 4, 1)
+        self.head = nn.Conv2d(4, 1, 1)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+
+    def forward(self, pixel_values, id_masks, num_objects, **kwargs):
+        self.seen += 1
+        features = self.backbone(pixel_values[:, 1:].flatten(0, 1))
+        channels = [features.new_zeros(len(features), 1, *features.shape[-2:])]
+        for number in range(1, num_objects + 1):
+            first = (
+                (id_masks[:, :1, None, ::4, ::4] == number).float().expand(-1, pixel_values.shape[1] - 1, -1, -1, -1)
+            )
+            hidden = self.offset_head(torch.cat([features, first.flatten(0, 1)], 1)).relu()
+            channels.append(self.head(hidden))
+        logits = torch.cat(channels, 1).unflatten(0, (len(id_masks), -1))
+        return SimpleNamespace(logits=logits)
+
+
+def settings(tmp_path, **changes) -> TrainingConfig:
+    values = {
+        "output_dir": str(tmp_path / "run"),
+        "stages": [STAGE],
+        "max_train_steps": 6,
+        "mixed_precision": "no",
+        "data_workers": 0,
+        "checkpointing_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 0.01,
+    }
+    return TrainingConfig(**{**values, **changes})
+
+
+def sampler_of(tmp_path) -> ClipSampler:
+    if not (tmp_path / "sets").exists():
+        write_static_set(tmp_path / "sets" / "some", values=(1, 2))
+    return ClipSampler(statics=load_static_sets(tmp_path / "sets", cache_dir=tmp_path / "c", show_progress_bar=False))
+
+
+def make_trainer(tmp_path, sampler=None, teacher=None, evaluate=None, **changes) -> Trainer:
+    torch.manual_seed(1)
+    task = SegmentationTask(Toy(), teacher)
+    return Trainer(settings(tmp_path, **changes), task, sampler or sampler_of(tmp_path), evaluate=evaluate)
+
+
+class Interrupted:
+    """A sampler that fails at batch number `at`, as a machine does."""
+
+    def __init__(self, sampler, at: int):
+        self.sampler, self.at = sampler, at
+
+    def __call__(self, index, spec):
+        if index == self.at:
+            raise KeyboardInterrupt
+        return self.sampler(index, spec)
+
+
+class Fixed:
+    """Clips as large as the output: augmentation without strength leaves them alone. Clip n is always the same."""
+
+    def __call__(self, index, spec):
+        clips = range(index * spec.batch, (index + 1) * spec.batch)
+        frames = torch.stack([self.draw(n) for n in clips])
+        masks = torch.zeros(frames.shape[:-1], dtype=torch.uint8)
+        masks[:, :, 8:24, 10:30] = 1
+        return RawBatch(frames, masks, torch.ones(spec.batch, dtype=torch.bool), spec.size)
+
+    @staticmethod
+    def draw(number):
+        generator = torch.Generator().manual_seed(number)
+        return torch.randint(0, 256, (2, 33, 49, 3), dtype=torch.uint8, generator=generator)
+
+
+@pytest.fixture
+def still(monkeypatch):
+    """Augmentation that leaves the clips of `Fixed` as they are."""
+    nothing = dict.fromkeys(
+        ("flip", "rotation", "scale", "shear", "motion", "elastic", "color", "grayscale", "blur"), 0
+    )
+    config = AugmentConfig(paste=0, distractor=0, occluder=0, **nothing)
+    monkeypatch.setattr(TrainingConfig, "augmentation", lambda self, stage: config)
+
+
+def sha256(path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def log_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+# ---- parts ----------------------------------------------------------------------------------------------------------
+
+
+def test_learning_rate_rises_and_falls():
+    assert learning_rate_factor(0.0, 0, 0.1, 0.9) == pytest.approx(1e-3)
+    assert learning_rate_factor(0.05, 5, 0.1, 0.9) == pytest.approx(0.5 * 0.95**0.9)
+    assert learning_rate_factor(0.1, 10, 0.1, 0.9) == pytest.approx(0.9**0.9)
+    assert learning_rate_factor(0.5, 50, 0.0, 1.0) == pytest.approx(0.5)
+    assert learning_rate_factor(1.0, 100, 0.1, 0.9) == 0.0
+
+
+def test_parameter_groups_have_own_rates(tmp_path):
+    toy = Toy()
+    groups = parameter_groups(toy, settings(tmp_path, backbone_lr_scale=0.1, offset_lr_scale=0.3, weight_decay=0.02))
+    found = {(g["lr_scale"], g["weight_decay"]): {id(p) for p in g["params"]} for g in groups}
+    assert found == {
+        (0.1, 0.02): {id(toy.backbone.weight)},
+        (0.1, 0.0): {id(toy.backbone.bias)},
+        (0.3, 0.02): {id(toy.offset_head.weight)},
+        (0.3, 0.0): {id(toy.offset_head.bias)},
+        (1.0, 0.02): {id(toy.head.weight)},
+        (1.0, 0.0): {id(toy.head.bias)},
+    }
+    frozen = parameter_groups(toy, settings(tmp_path, freeze=["backbone."]))
+    assert not toy.backbone.weight.requires_grad
+    assert sum(len(group["params"]) for group in frozen) == 4
+
+
+def test_the_average_follows_the_weights():
+    toy = Toy()
+    average = WeightAverage(toy, decay=0.5)
+    expected = toy.head.weight.detach().double().clone()
+    for count in range(1, 15):
+        with torch.no_grad():
+            toy.head.weight += count
+            toy.seen += 1
+        average.update(toy)
+        decay = min(0.5, (1 + count) / (10 + count))
+        expected = decay * expected + (1 - decay) * toy.head.weight.detach().double()
+    assert torch.allclose(average.weights["head.weight"].double(), expected, rtol=1e-5)
+    assert average.weights["seen"] == 14
+    with pytest.raises(ValueError, match=r"do not fit: \['other'\] differ"):
+        average.load({**average.weights, "other": torch.zeros(1)}, 1)
+
+
+def test_own_masks_and_stages_follow_progress(tmp_path):
+    stages = [{**STAGE, "until": 0.5}, {**STAGE, "size": [49, 65], "paste": 0.9, "video_share": 0.1, "max_gap": 3}]
+    config = settings(tmp_path, stages=stages, own_masks_end=0.8, own_masks_from=0.2, own_masks_until=0.6)
+    assert [config.own_mask_probability(p) for p in (0, 0.2, 0.4, 0.6, 1)] == pytest.approx([0, 0, 0.4, 0.8, 0.8])
+    assert [config.stage_at(p).size for p in (0.0, 0.49, 0.5, 1.0)] == [(33, 49)] * 2 + [(49, 65)] * 2
+    second = config.stage_at(0.7)
+    assert (config.augmentation(second).paste, config.clip_spec(second).max_gap) == (0.9, 3)
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
+    make_trainer(tmp_path, output_dir=str(tmp_path / "whole")).train()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path, Interrupted(sampler_of(tmp_path), 3)).train()
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    resumed = make_trainer(tmp_path, resume_from_checkpoint="latest").train()
+    assert resumed["steps"] == 6
+    assert resumed["clips"] == 12
+    assert sha256(tmp_path / "run" / "model.safetensors") == sha256(tmp_path / "whole" / "model.safetensors")
+    for part in ("student", "average"):
+        ours, theirs = (
+            tmp_path / run / "checkpoint-6" / "training" / f"{part}.safetensors" for run in ("run", "whole")
+        )
+        assert sha256(ours) == sha256(theirs)
+
+
+def test_half_written_checkpoints_are_never_resumed(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path, Interrupted(sampler_of(tmp_path), 5)).train()
+    run = tmp_path / "run"
+    (run / "checkpoint-9" / "training").mkdir(parents=True)
+    (run / ".writing-checkpoint-8").mkdir()
+    (run / ".writing-checkpoint-8" / "trainer_state.json").write_text("{}")
+    assert find_checkpoint(run, "latest").name == "checkpoint-4"
+    for name in ("checkpoint-9", ".writing-checkpoint-8", "checkpoint-77"):
+        with pytest.raises(ValueError, match="must be a complete checkpoint folder or latest, got"):
+            find_checkpoint(run, str(run / name))
+    assert make_trainer(tmp_path, resume_from_checkpoint="latest").train()["steps"] == 6
+    assert not (run / ".writing-checkpoint-8").exists(), "left over by a killed run"
+
+
+def test_a_failure_while_writing_leaves_no_checkpoint(tmp_path):
+    def write(folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_checkpoint(tmp_path, 3, write, {}, keep=2)
+    assert find_checkpoint(tmp_path, "latest") is None
+    write_checkpoint(tmp_path, 4, lambda folder: None, {"step": 4}, keep=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+
+
+def test_old_checkpoints_are_removed_but_not_the_new_one(tmp_path):
+    for step in (5, 10, 100, 15):
+        write_checkpoint(tmp_path, step, lambda folder: None, {"step": step}, keep=3)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-15", "checkpoint-100"]
+    write_checkpoint(tmp_path, 1, lambda folder: None, {"step": 1}, keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1"]
+    for step in (2, 3):
+        write_checkpoint(tmp_path, step, lambda folder: None, {"step": step}, keep=0)
+    assert len(list_checkpoints(tmp_path)) == 3
+
+
+def test_an_earlier_run_is_not_overwritten(tmp_path):
+    make_trainer(tmp_path).train()
+    with pytest.raises(ValueError, match="holds an earlier run's checkpoints"):
+        make_trainer(tmp_path).train()
+    finished = make_trainer(tmp_path, resume_from_checkpoint="latest").train()
+    assert finished["steps"] == 6, "a finished run has nothing left to do"
+
+
+def test_checkpoints_of_another_student_are_refused(tmp_path):
+    make_trainer(tmp_path, max_train_steps=2).train()
+    trainer = make_trainer(tmp_path, resume_from_checkpoint="latest")
+    trainer.student.head = nn.Conv2d(8, 1, 1)
+    with pytest.raises(ValueError, match=r"was written by a run with another student: .*head\.weight"):
+        trainer.train()
+
+
+# ---- results --------------------------------------------------------------------------------------------------------
+
+
+def test_results_state_what_was_done(tmp_path):
+    # Seven steps and a log line every four: the last three steps are logged, too.
+    results = make_trainer(tmp_path, max_train_steps=7, logging_steps=4, checkpointing_steps=0).train()
+    run = tmp_path / "run"
+    written = json.loads((run / "all_results.json").read_text())
+    assert written == results
+    assert written["sha256"] == sha256(run / "model.safetensors")
+    assert (written["steps"], written["clips"], written["parameters"]) == (
+        7,
+        14,
+        sum(p.numel() for p in Toy().parameters()),
+    )
+    assert written["config"]["max_train_steps"] == 7
+    lines = log_of(run)
+    assert [line["step"] for line in lines] == [4, 7]
+    assert lines[-1]["progress"] == 1.0
+    assert written["loss"] == lines[-1]["loss"]
+    for line in lines:
+        assert line["loss"] == pytest.approx(0.5 * line["loss_ce"] + 0.5 * line["loss_jaccard"], rel=1e-5)
+        assert line["clips_per_second"] > 0
+    assert list_checkpoints(run) == []
+
+
+def test_training_lowers_the_loss_and_releases_the_average(tmp_path, still):
+    rates = {"learning_rate": 0.1, "offset_lr_scale": 1.0, "backbone_lr_scale": 1.0}
+    changes = {"checkpointing_steps": 0, "ema_decay": 0.5, "bootstrap_share": 1.0, **rates}
+    trainer = make_trainer(tmp_path, Fixed(), max_train_steps=40, **changes)
+    trainer.train()
+    losses = [line["loss"] for line in log_of(tmp_path / "run")]
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    released = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(released[name], value) for name, value in trainer.average.weights.items())
+
+
+def test_minutes_end_a_run(tmp_path):
+    results = make_trainer(tmp_path, max_train_steps=None, max_train_minutes=0.005, checkpointing_steps=0).train()
+    assert 0.005 <= results["minutes"] < 0.1
+    assert results["steps"] >= 1
+
+
+def test_the_best_average_is_kept_and_training_goes_on_unchanged(tmp_path):
+    scores = iter([0.5, 0.2, 0.4])
+    seen = []
+
+    def evaluate(model, device):
+        seen.append(model.head.weight.detach().clone())
+        return {"eval_j": next(scores)}
+
+    trainer = make_trainer(tmp_path, evaluate=evaluate, eval_steps=2, checkpointing_steps=0)
+    results = trainer.train()
+    make_trainer(tmp_path, output_dir=str(tmp_path / "plain"), checkpointing_steps=0).train()
+    assert results["eval_j"] == 0.4
+    assert len(seen) == 3
+    assert torch.equal(load_file(tmp_path / "run" / "best" / "model.safetensors")["head.weight"], seen[0])
+    assert torch.equal(seen[-1], trainer.average.weights["head.weight"])
+    assert sha256(tmp_path / "run" / "model.safetensors") == sha256(tmp_path / "plain" / "model.safetensors")
+
+
+def test_tracking_writes_tensorboard_files(tmp_path):
+    pytest.importorskip("tensorboard")
+    make_trainer(tmp_path, max_train_steps=2, with_tracking=True).train()
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+def test_steps_without_a_finite_gradient_are_skipped(tmp_path):
+    trainer = make_trainer(tmp_path)
+    with torch.no_grad():
+        trainer.student.head.bias.fill_(float("nan"))
+    before = trainer.student.backbone.weight.detach().clone()
+    trainer.train()
+    assert torch.equal(trainer.student.backbone.weight, before)
+    assert trainer.average.updates == 0
+    endless = make_trainer(tmp_path, output_dir=str(tmp_path / "endless"), max_train_steps=50)
+    with torch.no_grad():
+        endless.student.head.bias.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="20 steps in a row"):
+        endless.train()
+
+
+# ---- accumulation and teachers --------------------------------------------------------------------------------------
+
+
+def test_accumulating_two_halves_equals_one_whole(tmp_path, still):
+    records = []
+    for name, batch, parts in (("whole", 4, 1), ("halves", 2, 2)):
+        trainer = make_trainer(
+            tmp_path,
+            Fixed(),
+            output_dir=str(tmp_path / name),
+            stages=[{**STAGE, "batch": batch}],
+            gradient_accumulation_steps=parts,
+            max_train_steps=3,
+        )
+        results = trainer.train()
+        assert results["clips"] == 12
+        records.append((log_of(tmp_path / name), trainer.student.state_dict()))
+    (whole, weights), (halves, other) = records
+    for one, two in zip(whole, halves, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+    for name, value in weights.items():
+        if name != "seen":
+            assert torch.allclose(other[name], value, atol=1e-6)
+
+
+def test_the_teacher_is_never_trained_saved_or_in_train_mode(tmp_path):
+    teacher = Toy()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    trainer = make_trainer(tmp_path, teacher=teacher, max_train_steps=2)
+    trainer.train()
+    trainer.task.train()
+    assert trainer.task.training
+    assert trainer.student.training
+    assert not teacher.training
+    mine = {id(parameter) for parameter in teacher.parameters()}
+    assert not mine & {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert not mine & {id(p) for p in trainer.task.parameters()}
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert len(trainer.task.state_dict()) == len(teacher.state_dict())
+    assert "teacher" not in " ".join(trainer.task.state_dict())
+    assert all(torch.equal(teacher.state_dict()[name], value) for name, value in before.items())
+    assert len(load_file(tmp_path / "run" / "model.safetensors")) == len(before)
+
+
+def test_supervision_from_a_teacher_needs_one(tmp_path):
+    with pytest.raises(ValueError, match="needs a teacher to make pseudo-labels"):
+        make_trainer(tmp_path, supervision="pseudo")
+    with pytest.raises(ValueError, match="`max_train_steps` or `max_train_minutes`, got neither"):
+        make_trainer(tmp_path, max_train_steps=None)
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """A configuration file for the real model on a tiny tree."""
+    folder = tmp_path_factory.mktemp("command")
+    write_davis(folder / "davis", names=("ant", "bee", "swing"), frames=5)
+    write_static_set(folder / "sets" / "some", values=(1,))
+    (folder / "student.json").write_text(json.dumps(TINY_CONFIG))
+    values = {
+        "student": str(folder / "student.json"),
+        "davis_dirs": [str(folder / "davis")],
+        "static_dirs": [str(folder / "sets")],
+        "cache_dir": str(folder / "cache"),
+        "stages": [{"until": 1.0, "size": [49, 65], "frames": 2, "batch": 1}],
+        "max_train_steps": 4,
+        "mixed_precision": "no",
+        "checkpointing_steps": 2,
+        "logging_steps": 1,
+    }
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+def command_env() -> dict:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+
+
+def launch(*command, **kwargs) -> subprocess.CompletedProcess:
+    arguments = [sys.executable, "-m", *command]
+    return subprocess.run(
+        arguments, env=command_env(), cwd=ROOT, capture_output=True, text=True, timeout=240, **kwargs
+    )
+
+
+@pytest.mark.slow
+def test_accelerate_launch_trains_a_model_that_loads(tiny_run):
+    from transformers import AutoModel, AutoProcessor
+
+    ran = launch(
+        *("accelerate.commands.launch", "--cpu", "--num_processes", "1", "train_distill.py"),
+        *(str(tiny_run / "config.json"), "--output_dir", str(tiny_run / "launched")),
+        *("--max_train_steps", "2", "--eval_steps", "2", "--with_tracking"),
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    results = json.loads((tiny_run / "launched" / "all_results.json").read_text())
+    assert results["steps"] == 2
+    assert results["sha256"] == sha256(tiny_run / "launched" / "model.safetensors")
+    assert 0 <= results["eval_j/swing"] <= 1, "scored on a held-out sequence"
+    model = AutoModel.from_pretrained(tiny_run / "launched")
+    assert model.config.hidden_size == TINY_CONFIG["hidden_size"]
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    AutoProcessor.from_pretrained(tiny_run / "launched")
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_uninterrupted(tiny_run):
+    config, killed = str(tiny_run / "config.json"), tiny_run / "killed"
+    command = [sys.executable, "train_distill.py", config, "--max_train_steps", "6", "--output_dir", str(killed)]
+    with open(tiny_run / "killed.log", "w") as log:
+        process = subprocess.Popen(command, env=command_env(), cwd=ROOT, stdout=log, stderr=log)
+        while not (killed / "checkpoint-2").exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert process.returncode == -signal.SIGKILL, (tiny_run / "killed.log").read_text()[-3000:]
+    assert not (killed / "all_results.json").exists()
+    flags = [config, "--max_train_steps", "6"]
+    assert train_distill.main([*flags, "--output_dir", str(killed), "--resume_from_checkpoint", "latest"]) == 0
+    whole = tiny_run / "whole"
+    assert train_distill.main([*flags, "--output_dir", str(whole)]) == 0
+    assert sha256(killed / "model.safetensors") == sha256(whole / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_the_same_batches(tiny_run):
+    """
+    Batch n is the same whoever draws it, so two processes are one that accumulates two batches a step. Only the order
+    of sums differs: losses agree to 1e-4 and weights, which AdamW moves by the sign of tiny gradients, to 2e-3.
+    """
+    config, both, one = str(tiny_run / "config.json"), tiny_run / "both", tiny_run / "one"
+    ran = launch(
+        *("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_distill.py", config),
+        *("--output_dir", str(both)),
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert train_distill.main([config, "--output_dir", str(one), "--gradient_accumulation_steps", "2"]) == 0
+    ours, theirs = log_of(both), log_of(one)
+    assert [line["step"] for line in ours] == [1, 2, 3, 4]
+    for line, other in zip(ours, theirs, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert line["loss_ce"] == pytest.approx(other["loss_ce"], rel=1e-4)
+    assert json.loads((both / "all_results.json").read_text())["clips"] == 8
+    weights, others = load_file(both / "model.safetensors"), load_file(one / "model.safetensors")
+    for name, value in weights.items():
+        assert torch.allclose(value, others[name], atol=2e-3), name
+
+
+def test_files_are_settings_and_flags_override_them(tmp_path):
+    (tmp_path / "run.yaml").write_text("learning_rate: 1e-3\nmax_gap: 4\nstages:\n- " + json.dumps(STAGE) + "\n")
+    config = train_distill.parse([str(tmp_path / "run.yaml"), "--max-gap", "7", "--no_channels_last"])
+    assert (config.learning_rate, config.max_gap, config.channels_last) == (0.001, 7, False)
+    assert config.stage_at(0).size == (33, 49)
+    (tmp_path / "run.json").write_text(json.dumps({"max_gap": 4, "freeze": ["backbone."], "channels_last": False}))
+    config = train_distill.parse([str(tmp_path / "run.json"), "--color=0.5"])
+    assert (config.max_gap, config.freeze, config.channels_last, config.color) == (4, ["backbone."], False, 0.5)
+
+
+MISTAKES = {
+    "no data": ([], "give `davis_dirs` or `static_dirs`"),
+    "no such data": (["--static_dirs", "{tmp}/none"], "No image set"),
+    "no limit": (["--static_dirs", "{tmp}/sets"], "`max_train_steps` or `max_train_minutes`, got neither"),
+    "pseudo": (["--supervision", "pseudo"], "`supervision` 'pseudo' with teacher None"),
+    "unknown supervision": (["--supervision", "none"], "must be labels, pseudo or both, got 'none'"),
+    "teacher": (["--teacher", "some/model"], "teacher 'some/model'"),
+    "stages are no JSON": (["--stages", "[{"], "`stages` must be a JSON list"),
+    "stages are no list": (["--stages", "{tmp}/map.json"], "`stages` must be a JSON list or a path to one"),
+    "stages are numbers": (["--stages", "[5]"], "A stage must be an object"),
+    "stage without size": (["--stages", '[{"until": 1, "frames": 2, "batch": 1}]'], "missing ['size']"),
+    "stage of a wrong size": (
+        ["--stages", '[{"until": 1, "size": [32, 49], "frames": 2, "batch": 1}]'],
+        "form 16k+1, got (32, 49)",
+    ),
+    "stage with one size": (["--stages", '[{"until": 1, "size": 33, "frames": 2, "batch": 1}]'], "form 16k+1"),
+    "stages that stop early": (
+        ["--stages", '[{"until": 0.5, "size": [33, 49], "frames": 2, "batch": 1}]'],
+        "must rise and end with 1.0, got [0.5]",
+    ),
+    "unknown flag": (["--learning_speed", "1"], "unknown arguments ['--learning_speed', '1']"),
+    "wrong type of flag": (["--max_gap", "x"], "invalid int value: 'x'"),
+    "no such file": (["{tmp}/none.json"], "No such file"),
+    "broken file": (["{tmp}/broken.yaml"], "is not a valid configuration file"),
+    "file is no map": (["{tmp}/list.json"], "must map settings to values, got list"),
+    "unknown setting in a file": (["{tmp}/unknown.json"], "unknown settings ['learning_speed']"),
+    "wrong type in a file": (["{tmp}/typed.json"], "`max_gap` must be a whole number, got 'x'"),
+    "negative steps": (["--max_train_steps", "-1"], "`max_train_steps` must be at least 1, got -1"),
+    "push without a name": (["--push_to_hub"], "`push_to_hub` needs `hub_model_id`"),
+    "bad student": (["--student", "{tmp}/student.json", "--static_dirs", "{tmp}/sets"], "hidden_size"),
+    "nothing held out": (["--eval_steps", "2", "--davis_dirs", "{tmp}/davis"], "none of the held-out sequences"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_end_with_one_line_and_exit_code_2(tmp_path, capsys, mistake):
+    write_static_set(tmp_path / "sets" / "some", count=1)
+    write_davis(tmp_path / "davis", names=("ant",), frames=2)
+    for name, text in {
+        "map.json": "{}",
+        "list.json": "[]",
+        "broken.yaml": "a: [",
+        "unknown.json": '{"learning_speed": 1}',
+        "typed.json": '{"max_gap": "x"}',
+        "student.json": '{"hidden_size": "wide"}',
+    }.items():
+        (tmp_path / name).write_text(text)
+    flags, message = MISTAKES[mistake]
+    flags = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
+    common = ["--output_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "c"), "--mixed_precision", "no"]
+    assert train_distill.main([*flags, *common]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert not list((tmp_path / "run").glob("*.safetensors"))

@@ -70,7 +70,7 @@ style: $(FULL)  ## repair what lint and format can repair
 
 numbers: $(FULL)  ## measure every figure that the texts state, and write them: make numbers DATA=folder
 	@test -n "$(DATA)" || { echo "error: DATA is empty: name the folder that holds davis2016-val, as in make numbers DATA=~/data" >&2; exit 2; }
-	$(BIN)/python scripts/update_numbers.py measure --data "$(DATA)" --model $(MODEL) -- $(EVAL_ARGS)
+	$(BIN)/python scripts/update_numbers.py measure --data "$(DATA)" --model $(MODEL) --budget -- $(EVAL_ARGS)
 
 numbers-check: $(FULL)  ## the texts state what was measured, with these very weights
 	$(BIN)/python scripts/update_numbers.py check

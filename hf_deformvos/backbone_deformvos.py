@@ -108,6 +108,7 @@ class MobileNetV2Backbone(nn.Module):
         return tuple(outputs)
 
     def train(self, mode: bool = True):
+        """As in torch, but for batch norm, which stays in evaluation mode."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers.utils import logging
 
-from .memory_deformvos import MemoryBank, MemoryFrame
+from .memory_deformvos import MemoryBank
 from .modeling_deformvos import DeformVosModel, DeformVosVideoOutput, ImageFeatures, Segmentation
 
 
@@ -202,8 +202,8 @@ class DeformVosInferenceSession:
         for obj_id, mask in masks.items():
             if obj_id not in known and not bool(mask.any()):
                 raise ValueError(
-                    f"The mask of object {obj_id} on frame {frame_idx} is empty. A new object needs at least one pixel; "
-                    "an empty mask is only a correction of an object that is already followed."
+                    f"The mask of object {obj_id} on frame {frame_idx} is empty. A new object needs at least one "
+                    "pixel; an empty mask is only a correction of an object that is already followed."
                 )
         self._inputs.setdefault(frame_idx, {}).update(masks)
 
@@ -281,8 +281,8 @@ class DeformVosInferenceSession:
         size = tuple(pixel_values.shape[-2:])
         if self._frame_size not in (None, size):
             raise ValueError(
-                f"Frame {frame_idx} is {size[0]}x{size[1]} (height x width) at network resolution, the frames before it "
-                f"{self._frame_size[0]}x{self._frame_size[1]}. A session takes frames of one size: start another."
+                f"Frame {frame_idx} is {size[0]}x{size[1]} (height x width) at network resolution, the frames before "
+                f"it {self._frame_size[0]}x{self._frame_size[1]}. A session takes frames of one size: start another."
             )
         # One pass and no temporary: a sum is finite only if every pixel is.
         if not pixel_values.sum(dtype=torch.float32).isfinite():
@@ -425,8 +425,8 @@ class DeformVosInferenceSession:
             raise ValueError("No mask has been given: call `processor.add_inputs_to_inference_session` first.")
         if reverse and not self.source.is_seekable:
             raise ValueError(
-                "`reverse=True` needs a video that can be read backwards; this one is a stream, such as a camera. Give "
-                "the frames as a list or array."
+                "`reverse=True` needs a video that can be read backwards; this one is a stream, such as a camera. "
+                "Give the frames as a list or array."
             )
         if max_frame_num_to_track is not None and max_frame_num_to_track < 0:
             raise ValueError(f"`max_frame_num_to_track` must not be negative, got {max_frame_num_to_track}.")

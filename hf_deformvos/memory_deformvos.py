@@ -1,4 +1,4 @@
-"""What DeformVOS remembers of a video: typed memory frames in a bank whose size does not depend on the video's length."""
+"""What DeformVOS remembers of a video: typed frames in a bank whose size does not depend on the video's length."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +23,7 @@ class LayerMemory:
     identification: torch.Tensor | None = None
 
     def tensors(self) -> Iterator[torch.Tensor]:
+        """Every tensor held."""
         yield self.key
         yield self.values
         if self.identification is not None:
@@ -48,6 +49,7 @@ class MemoryFrame:
     is_reference: bool = False
 
     def tensors(self) -> Iterator[torch.Tensor]:
+        """Every tensor held, the layers' included."""
         yield self.masks
         for layer in self.layers:
             yield from layer.tensors()
@@ -96,6 +98,7 @@ class MemoryBank:
 
     @property
     def is_empty(self) -> bool:
+        """Whether there is nothing to segment from."""
         return self.previous is None
 
     @property

@@ -246,7 +246,9 @@ class DeformVosModel(DeformVosPreTrainedModel):
         stride4, stride8, *token_channels = self.backbone.channels
         self.token_projection = TokenProjection(config, tuple(token_channels))
         self.identity_bank = IdentityBank(config)
-        self.layers = nn.ModuleList(GatedDeformablePropagationLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            GatedDeformablePropagationLayer(config, index) for index in range(config.num_hidden_layers)
+        )
         self.visual_norm = ChannelNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.id_norm = ChannelNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.decoder = MaskDecoder(config, stride4, stride8)
@@ -257,8 +259,8 @@ class DeformVosModel(DeformVosPreTrainedModel):
         Initialise the backbone from pretrained weights.
 
         Args:
-            path (`str`): a safetensors file; torchvision's `features.N...` names for MobileNetV2 (a classifier or blocks
-                beyond the tail are left out), `Dinov2Backbone`'s for a ViT.
+            path (`str`): a safetensors file; torchvision's `features.N...` names for MobileNetV2 (a classifier or
+                blocks beyond the tail are left out), `Dinov2Backbone`'s for a ViT.
 
         Raises:
             ValueError: if the file lacks weights that the backbone has, naming them.
@@ -292,7 +294,9 @@ class DeformVosModel(DeformVosPreTrainedModel):
     def save_pretrained(self, save_directory, **kwargs):
         """As in transformers; refused after [`~DeformVosModel.fold_batch_norm`]."""
         if getattr(self.backbone, "is_folded", False):
-            raise ValueError("This model's batch norms are folded: save it before `fold_batch_norm`, or load it again.")
+            raise ValueError(
+                "This model's batch norms are folded: save it before `fold_batch_norm`, or load it again."
+            )
         super().save_pretrained(save_directory, **kwargs)
 
     def save_release(self, save_directory):
@@ -539,8 +543,8 @@ class DeformVosModel(DeformVosPreTrainedModel):
         fits = id_masks.dim() == 4 and id_masks.shape[0] == pixel_values.shape[0]
         if not fits or id_masks.shape[-2:] != pixel_values.shape[-2:] or id_masks.shape[1] > pixel_values.shape[1]:
             raise ValueError(
-                f"`id_masks` must be (batch, frames, height, width) for `pixel_values` {tuple(pixel_values.shape)}, got "
-                f"{tuple(id_masks.shape)}."
+                f"`id_masks` must be (batch, frames, height, width) for `pixel_values` {tuple(pixel_values.shape)}, "
+                f"got {tuple(id_masks.shape)}."
             )
         if num_objects < 1:
             raise ValueError(f"`num_objects` must be at least 1, got {num_objects}.")
@@ -549,15 +553,13 @@ class DeformVosModel(DeformVosPreTrainedModel):
         limit = self.config.max_objects
         if num_objects > limit:
             raise ValueError(
-                f"A clip holds at most `config.max_objects` = {limit} objects, got {num_objects}; an inference session "
-                "takes more, in groups."
+                f"A clip holds at most `config.max_objects` = {limit} objects, got {num_objects}; an inference "
+                "session takes more, in groups."
             )
         if object_slots is None:
             return torch.arange(num_objects, device=device).expand(batch_size, -1)
         if object_slots.shape != (batch_size, num_objects):
-            raise ValueError(
-                f"`object_slots` must be {(batch_size, num_objects)}, got {tuple(object_slots.shape)}."
-            )
+            raise ValueError(f"`object_slots` must be {(batch_size, num_objects)}, got {tuple(object_slots.shape)}.")
         return object_slots.to(device)
 
     def _valid(self, object_valid, slots: torch.Tensor, num_objects: int) -> torch.Tensor:

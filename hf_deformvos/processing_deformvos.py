@@ -42,7 +42,6 @@ class DeformVosProcessor(ProcessorMixin):
     ```
     """
 
-
     def __init__(self, image_processor=None, **kwargs):
         super().__init__(image_processor, **kwargs)
 
@@ -75,8 +74,8 @@ class DeformVosProcessor(ProcessorMixin):
         Args:
             video (sequence or iterable of frames, *optional*):
                 A list, array `(num_frames, height, width, 3)` or tensor can be read in any order; an iterator (a
-                camera, a decoder) forwards only. Frames are prepared as they are needed, none is kept. Without a video,
-                hand frames over one at a time: `model(inference_session=session, frame=pixel_values)`.
+                camera, a decoder) forwards only. Frames are prepared as they are needed, none is kept. Without a
+                video, hand frames over one at a time: `model(inference_session=session, frame=pixel_values)`.
             inference_device, device (`torch.device` or `str`, *optional*): the model's device by default.
             dtype (`torch.dtype` or `str`, *optional*):
                 Precision to compute in, such as `torch.bfloat16`; the model's by default.
@@ -217,7 +216,8 @@ def _as_array(input_masks):
     if isinstance(input_masks, Image.Image):
         if input_masks.mode not in ("P", "L", "1", "I", "I;16"):
             raise ValueError(
-                f"A mask image must hold ids (palette or grey), got mode {input_masks.mode}. Convert colours to ids first."
+                f"A mask image must hold ids (palette or grey), got mode {input_masks.mode}. Convert colours to ids "
+                "first."
             )
         return np.asarray(input_masks)
     if isinstance(input_masks, torch.Tensor):

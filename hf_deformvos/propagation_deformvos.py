@@ -100,7 +100,7 @@ class OffsetNetwork(nn.Module):
         self.offset = nn.Conv2d(width, 2 * out_points, 1)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`(B, C, h, w)` to unbounded offsets `(B, rows, columns, points, 2)` in float32 (float64 for float64 maps)."""
+        """`(B, C, h, w)` to unbounded offsets `(B, rows, columns, points, 2)` in float32 or float64."""
         hidden = F.gelu(self.norm(self.depthwise(self.reduce(hidden))))
         offsets = self.offset(hidden).permute(0, 2, 3, 1).unflatten(-1, (-1, 2))
         return offsets.to(torch.promote_types(offsets.dtype, torch.float32))

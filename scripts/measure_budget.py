@@ -4,8 +4,8 @@ Measures what a student's architecture costs: parameters, MACs, and network time
     python scripts/measure_budget.py --threads 2 --json docs/numbers/budget.json
     python scripts/measure_budget.py --threads 2 --variants --json docs/numbers/budget-variants.json
 
-Weights are random: cost does not depend on them. All cases of a run are timed alternately, one frame each in turn, with
-a full memory bank; medians are reported.
+Weights are random: cost does not depend on them. All cases of a run are timed alternately, one frame each in turn,
+with a full memory bank; medians are reported.
 """
 
 import argparse
@@ -114,7 +114,13 @@ def main():
         }
         print(f"{name:58s} {median * 1000:7.1f} ms  {rows[name]['gmacs']:6.2f} GMACs  {case.parameters / 1e6:.2f} M")
     if arguments.json:
-        report = {"frame": FRAME, "hardware": describe_hardware(torch.device("cpu"), "float32, bfloat16", arguments.threads, 1), "cases": rows}
+        options = " --variants" if arguments.variants else ""
+        report = {
+            "command": f"python scripts/measure_budget.py{options}",
+            "frame": FRAME,
+            "hardware": describe_hardware(torch.device("cpu"), "float32, bfloat16", arguments.threads, 1),
+            "cases": rows,
+        }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 

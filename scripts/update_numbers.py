@@ -7,7 +7,7 @@
 A text (README.md, docs/**/*.md, hub_cards/*/README.md) takes a figure between two comments,
 `<!-- numbers:NAME:begin -->` and `<!-- numbers:NAME:end -->`. NAME is a record, that is a file of docs/numbers without
 `.json`, which gives a table of its means; `RECORD.sequences`, a table of its sequences; or `RECORD.FIELD`, one value
-inside a sentence.
+inside a sentence. A record that scripts/measure_budget.py wrote gives a table of its cases.
 
 The file is not called numbers.py: beside it, NumPy would import it in place of the standard library's module.
 """
@@ -101,6 +101,21 @@ def render_means(record: dict) -> str:
     return "\n".join(f"| {row} |" for row in rows) + "\n\n" + origin
 
 
+def render_cases(record: dict) -> str:
+    """A Markdown table of what architectures or numbers of objects cost."""
+    hardware = record["hardware"]
+    rows = ["| case | time a frame | GMACs | parameters |", "|---|---:|---:|---:|"]
+    for name, case in record["cases"].items():
+        row = (name, f"{case['milliseconds']:.0f} ms", f"{case['gmacs']:.2f}", f"{case['parameters'] / 1e6:.2f} M")
+        rows.append(f"| {' | '.join(row)} |")
+    height, width = record["frame"]
+    origin = (
+        f"`{record['command']}`: frames of {width}x{height}, network alone, medians of cases timed in turn, on "
+        f"{hardware['device_name']} ({hardware['threads_per_process']} threads)."
+    )
+    return "\n".join(rows) + "\n\n" + origin
+
+
 def render_sequences(record: dict) -> str:
     """A Markdown table with one row a sequence."""
     rows = ["| sequence | J&F | J | F |", "|---|---:|---:|---:|"]
@@ -116,6 +131,8 @@ def render_block(name: str, records: dict[str, dict]) -> str:
     if record_name not in records:
         return NOT_MEASURED if view not in ("", "sequences") else f"\n{NOT_MEASURED}\n"
     record = records[record_name]
+    if "cases" in record:
+        return f"\n{render_cases(record)}\n"
     if view == "":
         return f"\n{render_means(record)}\n"
     if view == "sequences":
@@ -157,6 +174,8 @@ def check(root: Path = ROOT) -> list[str]:
         except NumbersError as error:
             problems.append(f"{path.relative_to(root)}: {error}")
     for name, record in records.items():
+        if "cases" in record:  # measured with random weights: cost does not depend on them
+            continue
         weights = root / record["model"] / "model.safetensors"
         if not weights.is_file():
             problems.append(f"docs/numbers/{name}.json was measured with {record['model']}, whose weights are missing")
@@ -187,6 +206,14 @@ def measure(data: Path, model: str, extra: list[str], root: Path = ROOT) -> Path
     return output
 
 
+def measure_budget(root: Path = ROOT):
+    """Measure what the student's architecture costs, as it is and with parts of it changed."""
+    for name, options in (("budget", []), ("budget-variants", ["--variants"])):
+        output = root / "docs" / "numbers" / f"{name}.json"
+        script = root / "scripts" / "measure_budget.py"
+        subprocess.run([sys.executable, str(script), *options, "--json", str(output)], check=True, cwd=root)
+
+
 def as_record(report: dict, model: str, weights: Path, command: str) -> dict:
     """What is kept of an evaluation's report: no value a frame, no path of the machine it ran on."""
     sha256 = sha256_of(weights)
@@ -214,6 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
     measuring = commands.add_parser("measure", help="evaluate, record and render")
     measuring.add_argument("--data", type=Path, required=True, help="folder that holds davis2016-val")
     measuring.add_argument("--model", default="hub_cards/deformvos-student", help="folder with the weights, in here")
+    measuring.add_argument("--budget", action="store_true", help="measure what the architecture costs, too")
     measuring.add_argument("extra", nargs="*", help="after --, further options of `deformvos evaluate`")
     commands.add_parser("render", help="write the recorded figures into the texts")
     commands.add_parser("check", help="compare texts, records and weights")
@@ -226,6 +254,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "measure":
             written = measure(options.data.expanduser().resolve(), options.model, options.extra)
             print(f"Wrote {written.relative_to(ROOT)}")
+            if options.budget:
+                measure_budget()
         for path in render():
             print(f"Updated {path.relative_to(ROOT)}")
         return 0

@@ -178,7 +178,8 @@ def test_a_dot_falls_on_the_same_token_for_both_backbones(variant):
         else:
             # Attention is global: look at what the patch embedding is given.
             seen = []
-            backbone.vit.embeddings.patch_embeddings.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+            patches = backbone.vit.embeddings.patch_embeddings
+            patches.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
             backbone(blank)
             backbone(dotted)
             change = (seen[1] - seen[0]).abs().sum(1)[0].unflatten(0, (-1, 14)).unflatten(2, (-1, 14)).sum((1, 3))
@@ -204,7 +205,8 @@ def test_step_compiles_without_graph_breaks(tiny_model):
 def test_round_trip_in_half_precision_loads_in_full(tiny_model, tmp_path):
     tiny_model.save_release(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
-    assert (tmp_path / "model.safetensors").stat().st_size < 2.2 * sum(p.numel() for p in tiny_model.parameters()) + 2e5
+    num_parameters = sum(parameter.numel() for parameter in tiny_model.parameters())
+    assert (tmp_path / "model.safetensors").stat().st_size < 2.2 * num_parameters + 2e5
     assert next(tiny_model.parameters()).dtype == torch.float32, "saving leaves the model as it was"
     loaded = AutoModel.from_pretrained(tmp_path)
     assert isinstance(loaded, DeformVosModel)
@@ -239,7 +241,10 @@ def test_folded_batch_norm_gives_the_same_masks(tiny_model):
 
 
 def test_backbone_is_loaded_by_name(tiny_model, tmp_path):
-    weights = {name: torch.randn_like(t) if t.is_floating_point() else t for name, t in tiny_model.backbone.state_dict().items()}
+    weights = {
+        name: torch.randn_like(tensor) if tensor.is_floating_point() else tensor
+        for name, tensor in tiny_model.backbone.state_dict().items()
+    }
     save_file({**weights, "classifier.1.weight": torch.zeros(2)}, tmp_path / "backbone.safetensors")
     tiny_model.load_backbone(tmp_path / "backbone.safetensors")
     assert torch.equal(tiny_model.backbone.features[0][0].weight, weights["features.0.0.weight"])

@@ -180,5 +180,5 @@ def test_memory_bank_with_one_slot_holds_the_newest_reference():
 
 def test_grid_sample_needs_one_dtype():
     """The reason for the casts in `sample_at`; when this stops failing they can go."""
-    with pytest.raises(RuntimeError, match="same dtype|Half|expected"):
+    with pytest.raises(RuntimeError, match=r"same dtype|Half|expected"):
         F.grid_sample(torch.zeros(1, 1, 2, 2, dtype=torch.bfloat16), torch.zeros(1, 1, 1, 2), align_corners=True)

@@ -44,6 +44,10 @@ class DeformVosImageProcessor(PilBackend):
     do_normalize = True
     do_convert_rgb = True
 
+    def convert_to_rgb(self, image, input_data_format=None) -> np.ndarray:
+        """Pictures of any mode to RGB; arrays stay, their channels are seen to later."""
+        return np.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else image
+
     def _preprocess(
         self,
         images: list[np.ndarray],

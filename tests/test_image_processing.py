@@ -67,7 +67,7 @@ def test_grey_frames_become_rgb(frame):
     processor = DeformVosImageProcessor()
     grey = frame[..., 0]
     expected = processor(np.repeat(grey[..., None], 3, axis=-1)).pixel_values[0]
-    for same in (grey, Image.fromarray(grey)):
+    for same in (grey[..., None], Image.fromarray(grey)):
         torch.testing.assert_close(processor(same).pixel_values[0], expected)
 
 

@@ -20,7 +20,7 @@ from hf_deformvos.evaluation.layouts import (
     limit_short_side,
     read_ids,
 )
-from hf_deformvos.evaluation.runner import RunnerConfig, evaluate, peak_memory
+from hf_deformvos.evaluation.runner import RunnerConfig, evaluate, load_pretrained, peak_memory
 from hf_deformvos.video.writer import write_palette_png
 
 
@@ -523,6 +523,28 @@ def test_real_model_runs_through_the_public_interface(tmp_path, tiny_model, tiny
     assert result.results[0].timing.network_size[0] == 33
     assert len(result.weights_sha256) == 64
     assert result.facts.macs > result.facts.num_parameters > 1000
+    changed = RunnerConfig(
+        str(tmp_path / "model"), device="cpu", overrides={"use_offsets": False, "long_term_slots": 1}
+    )
+    model, _ = load_pretrained(changed)
+    assert (model.config.use_offsets, model.config.long_term_slots) == (False, 1)
+    with pytest.raises(ValueError, match="no field use_offset;"):
+        load_pretrained(RunnerConfig(str(tmp_path / "model"), overrides={"use_offset": False}))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("use_offsets=false", False),
+        ("long_term_slots=2", 2),
+        ("short_term_form=grid", "grid"),
+        ("max_offset=1.5", 1.5),
+    ],
+)
+def test_overrides_are_read_as_json_or_text(text, expected):
+    assert evaluate_command.parse_override(text) == (text.split("=")[0], expected)
+    with pytest.raises(ValueError, match="FIELD=VALUE"):
+        evaluate_command.parse_override("use_offsets")
 
 
 # --- Commands --------------------------------------------------------------------------------------------------------

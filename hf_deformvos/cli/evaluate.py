@@ -1,6 +1,7 @@
 """`deformvos evaluate`: runs a model over a benchmark and reports accuracy, speed and memory."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -51,6 +52,13 @@ def add_parser(subparsers) -> None:
         "--memory-interval", type=at_least(1), metavar="N", help="every N frames one enters the long-term memory"
     )
     parser.add_argument(
+        "--override",
+        metavar="FIELD=VALUE",
+        action="append",
+        default=[],
+        help="another value for a field of the model's configuration, as use_offsets=false; may be repeated",
+    )
+    parser.add_argument(
         "--save-masks",
         metavar="DIR",
         help="write DIR/SEQUENCE/00000.png, ... (palette PNG); for YouTube-VOS also DIR/submission.zip",
@@ -66,6 +74,17 @@ def add_parser(subparsers) -> None:
     parser.set_defaults(run=run)
 
 
+def parse_override(text: str) -> tuple[str, object]:
+    """`FIELD=VALUE` to the field and the value that JSON reads there, or the text where it is none."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ValueError(f"--override takes FIELD=VALUE, got {text!r}.")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     from ..evaluation.runner import RunnerConfig, evaluate, write_json
@@ -77,6 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
         num_threads=arguments.threads,
         short_side=arguments.short_side,
         memory_interval=arguments.memory_interval,
+        overrides=dict(parse_override(text) for text in arguments.override),
         save_masks=arguments.save_masks,
         resume=arguments.resume,
     )

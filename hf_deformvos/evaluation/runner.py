@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.utils import cached_file, logging
 
 from ..video.writer import write_palette_png
@@ -43,6 +43,7 @@ class RunnerConfig:
         num_threads (`int`, *optional*): CPU threads of all processes together; by default what torch takes.
         short_side (`int`, *optional*): Short side of the network's input in pixels, instead of the processor's.
         memory_interval (`int`, *optional*): Instead of the configuration's.
+        overrides (`dict`, *optional*): Values for other fields of the model's configuration, such as `use_offsets`.
         save_masks (`str`, *optional*): Folder for palette PNGs, `<folder>/<sequence>/<frame>.png`.
         resume (`bool`, *optional*, defaults to `False`):
             Whether a sequence whose masks all lie in `save_masks`, of the same weights and settings, is not run again.
@@ -57,6 +58,7 @@ class RunnerConfig:
     num_threads: int | None = None
     short_side: int | None = None
     memory_interval: int | None = None
+    overrides: dict = field(default_factory=dict)
     save_masks: str | None = None
     resume: bool = False
 
@@ -299,12 +301,25 @@ class _Stream:
 def load_pretrained(config: RunnerConfig) -> tuple:
     """Loads the model (in evaluation mode, on its device) and the processor that a [`RunnerConfig`] names."""
     overrides = {} if config.memory_interval is None else {"memory_interval": config.memory_interval}
-    model = AutoModel.from_pretrained(config.model, dtype=torch.float32, **overrides).eval()
+    overrides |= config.overrides
+    model = AutoModel.from_pretrained(
+        config.model, dtype=torch.float32, **_known_fields(config.model, overrides)
+    ).eval()
     processor = AutoProcessor.from_pretrained(config.model)
     if hasattr(model, "fold_batch_norm"):
         # In full precision, before any cast: that is how the speed figures are stated.
         model.fold_batch_norm()
     return model.to(resolve_device(config.device), getattr(torch, config.dtype)), processor
+
+
+def _known_fields(model: str, overrides: dict) -> dict:
+    """The overrides, if the model's configuration has such fields; a misspelt one would change nothing, unnoticed."""
+    if overrides:
+        fields = AutoConfig.from_pretrained(model).to_dict()
+        unknown = sorted(set(overrides) - set(fields))
+        if unknown:
+            raise ValueError(f"The configuration of {model} has no field {', '.join(unknown)}; see its config.json.")
+    return overrides
 
 
 def resolve_device(device: str | None) -> torch.device:
@@ -424,6 +439,7 @@ def _prepare_folder(dataset: EvaluationDataset, config: RunnerConfig, weights_sh
         "dtype": config.dtype,
         "short_side": config.short_side,
         "memory_interval": config.memory_interval,
+        "overrides": config.overrides,
         "frames": {sequence.name: len(sequence.images) for sequence in dataset.sequences},
     }
     finished = _finished_sequences(dataset, folder, identity) if config.resume else set()

@@ -4,7 +4,7 @@ Turn the output of a training run into a published model's folder: weights in ha
     python scripts/make_release.py RUN hub_cards/deformvos-student [--short-side 480] [--memory-interval 8]
 
 RUN is what train_distill.py wrote (`--output_dir`): the averaged weights and all_results.json. The card is rendered
-from the latter and from scripts/card_student.md; its scores stand between markers that scripts/update_numbers.py fills in.
+from the latter and from scripts/card_student.md; its scores stand between markers that update_numbers.py fills in.
 """
 
 import argparse

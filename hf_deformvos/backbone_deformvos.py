@@ -41,7 +41,7 @@ class FoldedConvolution(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         conv = self.conv
-        if not torch.is_grad_enabled() and _has_fused_kernel(hidden.device.type, hidden.dtype):
+        if self._may_fuse(hidden):
             # What torch.compile's frozen graphs call on CPUs. A separate ReLU6 costs more than some of the
             # convolutions: it is bound by memory, and slower in bfloat16 than in float32.
             geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
@@ -50,6 +50,14 @@ class FoldedConvolution(nn.Module):
             )
         hidden = conv(hidden)
         return F.relu6(hidden, inplace=True) if self.bounds else hidden
+
+    @staticmethod
+    def _may_fuse(hidden: torch.Tensor) -> bool:
+        # The kernel has no gradient and knows no autocast; a compiler fuses by itself.
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return False
+        device = hidden.device.type
+        return not torch.is_autocast_enabled(device) and _has_fused_kernel(device, hidden.dtype)
 
 
 @cache
@@ -116,7 +124,14 @@ class MobileNetV2Backbone(nn.Module):
         return self
 
     def fold_batch_norm(self):
-        """Replace each convolution, its batch norm and its ReLU6 by one module, in place."""
+        """
+        Replace each convolution, its batch norm and its ReLU6 by one module, in place.
+
+        Raises:
+            ValueError: in training mode.
+        """
+        if self.training:
+            raise ValueError("Batch norm is folded for inference: call `model.eval()` first.")
         for container in [module for module in self.modules() if isinstance(module, nn.Sequential)]:
             layers = list(container)
             for index, layer in enumerate(layers):

@@ -26,7 +26,7 @@ class DeformVosConfig(PreTrainedConfig):
             Channels at strides 2, 4 and 8 of the stem that a `"dinov2"` backbone gets.
         hidden_size (`int`, defaults to 128):
             Channels of the visual branch I and of the identification branch M.
-        key_size (`int`, defaults to 96):
+        key_size (`int`, defaults to 64):
             Channels of the shared query/key projection.
         value_size (`int`, defaults to 128):
             Channels of the values of each branch.
@@ -40,7 +40,7 @@ class DeformVosConfig(PreTrainedConfig):
             `"query"`: every query samples its own points of the previous frame. `"grid"`: all queries share a grid.
         short_term_stride (`int`, defaults to 1):
             Spacing of the reference points when `short_term_form="grid"`.
-        short_term_window (`int`, defaults to 5):
+        short_term_window (`int`, defaults to 7):
             Side of the square of points around each query when `short_term_form="query"`; odd.
         correlation_radius (`int`, defaults to 3):
             Half side, in tokens, of the correlation window from which the per-query offsets are predicted.
@@ -118,9 +118,9 @@ class DeformVosConfig(PreTrainedConfig):
         for name in positive.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        for name in ("max_offset", "max_displacement"):
+        for name in ("max_offset", "max_displacement", "layer_norm_eps", "initializer_range"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` is a length in tokens and must be positive, got {getattr(self, name)}.")
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
         if self.short_term_window < 1 or self.short_term_window % 2 == 0:
             raise ValueError(f"`short_term_window` must be odd and at least 1, got {self.short_term_window}.")
         if self.correlation_radius < 0:

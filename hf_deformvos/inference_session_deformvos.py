@@ -1,6 +1,7 @@
 """State of one video being segmented: frames come in, masks go out, and nothing grows with the length of the video."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -8,7 +9,13 @@ import torch.nn.functional as F
 from transformers.utils import logging
 
 from .memory_deformvos import MemoryBank
-from .modeling_deformvos import DeformVosModel, DeformVosVideoOutput, ImageFeatures, Segmentation
+from .modeling_deformvos import (
+    MASKED_LOGIT,
+    DeformVosModel,
+    DeformVosVideoOutput,
+    ImageFeatures,
+    Segmentation,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -24,6 +31,9 @@ class FrameSource:
     A list, array, tensor or other sequence can be read in any order; an iterator only forwards, each frame once.
     """
 
+    class End(IndexError):
+        """The video has no such frame; an `IndexError` of the video's own code is no end of it."""
+
     def __init__(self, video: Sequence | Iterable, prepare: Callable):
         self._prepare = prepare
         self.is_seekable = hasattr(video, "__getitem__") and hasattr(video, "__len__")
@@ -36,22 +46,39 @@ class FrameSource:
         """Number of frames, `None` where only the end of the stream will tell."""
         return len(self._video) if self.is_seekable else None
 
+    @property
+    def first_readable(self) -> int:
+        """The earliest frame that can still be read."""
+        if self.is_seekable:
+            return 0
+        return self._next_idx if self._held is None else self._held[0]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the frame held."""
+        return 0 if self._held is None else self._held[1].nbytes
+
     def read(self, frame_idx: int) -> tuple[torch.Tensor, tuple[int, int]]:
         """
         Prepared frame `(1, 3, height, width)` and its original (height, width).
 
         Raises:
-            IndexError: past the end of the video.
-            ValueError: if a stream is asked for a frame that has passed.
+            FrameSource.End: past the end of the video.
+            ValueError: if a stream is asked for a frame that has passed, or the frame cannot be used.
         """
         if self._held is None or self._held[0] != frame_idx:
-            self._held = (frame_idx, *self._prepare(self._fetch(frame_idx)))
+            self._held = None
+            frame = self._fetch(frame_idx)
+            try:
+                self._held = (frame_idx, *self._prepare(frame))
+            except ValueError as error:
+                raise ValueError(f"Frame {frame_idx} of the video cannot be used: {error}") from error
         return self._held[1:]
 
     def _fetch(self, frame_idx: int):
         if self.is_seekable:
             if not 0 <= frame_idx < len(self._video):
-                raise IndexError(f"frame {frame_idx} of a video of {len(self._video)} frames")
+                raise self.End(f"There is no frame {frame_idx} in a video of {len(self._video)} frames.")
             return self._video[frame_idx]
         if frame_idx < self._next_idx:
             raise ValueError(
@@ -62,7 +89,7 @@ class FrameSource:
             self._next_idx += 1
             if self._next_idx > frame_idx:
                 return frame
-        raise IndexError(f"the stream ended after {self._next_idx} frames")
+        raise self.End(f"There is no frame {frame_idx}: the stream ended after {self._next_idx} frames.")
 
 
 class ObjectTable:
@@ -103,12 +130,12 @@ class ObjectTable:
     def __len__(self) -> int:
         return len(self._places)
 
-    def valid(self, num_groups: int, device: torch.device) -> torch.Tensor:
+    def valid(self, num_groups: int, device: torch.device, without: set[int] = frozenset()) -> torch.Tensor:
         """Which channels (background, slots) of each group are in use, `(G, 1 + max_objects)` bool."""
         valid = torch.zeros(num_groups, 1 + self.max_objects, dtype=torch.bool)
         valid[:, 0] = True
-        for place in self._places.values():
-            group, slot = divmod(place, self.max_objects)
+        for obj_id in self._places.keys() - without:
+            group, slot = self.place(obj_id)
             valid[group, 1 + slot] = True
         return valid.to(device)
 
@@ -144,7 +171,7 @@ class DeformVosInferenceSession:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         self.source = None if video is None else FrameSource(video, prepare)
         self.inference_device = inference_device
-        self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        self.dtype = _as_dtype(dtype)
         self.memory_interval = memory_interval
         self.long_term_slots = long_term_slots
         self.reset_tracking_data()
@@ -152,6 +179,7 @@ class DeformVosInferenceSession:
     def reset_tracking_data(self):
         """Forget objects, inputs and memory; keep the video, so that other objects can be followed through it."""
         self._inputs: dict[int, dict[int, torch.Tensor]] = {}
+        self._last_frame_idx: int | None = None
         self._restart()
 
     def reset_inference_session(self):
@@ -160,11 +188,12 @@ class DeformVosInferenceSession:
         self.reset_tracking_data()
 
     def _restart(self):
+        """Forget what was seen; the stream's position stays."""
+        self._model: DeformVosModel | None = None
         self._objects: ObjectTable | None = None
         self._memory: MemoryBank | None = None
         self._frame_size: tuple[int, int] | None = None
         self._origin: int | None = None
-        self._last_frame_idx: int | None = None
 
     @property
     def num_frames(self) -> int | None:
@@ -173,7 +202,7 @@ class DeformVosInferenceSession:
 
     @property
     def object_ids(self) -> list[int]:
-        """Ids followed so far, then those whose first frame is still to come."""
+        """Ids followed so far, then those whose first frame is still to come, in the order they were given."""
         ids = [] if self._objects is None else self._objects.object_ids
         for frame_idx in sorted(self._inputs):
             ids += [obj_id for obj_id in self._inputs[frame_idx] if obj_id not in ids]
@@ -181,35 +210,58 @@ class DeformVosInferenceSession:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tensors that the session holds."""
+        """Bytes of all tensors that the session holds: inputs still needed, the memory, and the frame at hand."""
         held = sum(mask.nbytes for masks in self._inputs.values() for mask in masks.values())
+        held += 0 if self.source is None else self.source.num_bytes
         return held + (0 if self._memory is None else self._memory.num_bytes)
 
     def add_masks(self, frame_idx: int, masks: dict[int, torch.Tensor]):
         """
-        Give objects' masks on a frame: of new objects, or corrections of known ones.
+        Give objects' masks on a frame: of new objects, or corrections of known ones. Where masks overlap, the one
+        given last wins. While a propagation runs, masks of frames ahead of it join when they are reached; those of
+        frames behind it count from the next propagation on.
 
         Args:
             frame_idx (`int`): the frame, which must not have passed if the video is a stream.
             masks (`dict[int, torch.Tensor]`): object id to `(height, width)` bool, any size, of one frame.
 
         Raises:
-            ValueError: if an object that the session does not know yet has an empty mask, or `frame_idx` is negative.
+            ValueError: if an object that is not followed at that frame has an empty mask, or the video has no such
+                frame, or has it no longer.
         """
-        if frame_idx < 0:
-            raise ValueError(f"`frame_idx` must not be negative, got {frame_idx}.")
-        known = set(self.object_ids)
+        self._check_frame_idx(frame_idx)
+        known = set() if self._objects is None else set(self._objects.object_ids)
+        known |= {i for at, given in self._inputs.items() if at < frame_idx for i, mask in given.items() if mask.any()}
         for obj_id, mask in masks.items():
             if obj_id not in known and not bool(mask.any()):
                 raise ValueError(
                     f"The mask of object {obj_id} on frame {frame_idx} is empty. A new object needs at least one "
                     "pixel; an empty mask is only a correction of an object that is already followed."
                 )
-        self._inputs.setdefault(frame_idx, {}).update(masks)
+        given = self._inputs.setdefault(frame_idx, {})
+        for obj_id, mask in masks.items():
+            given.pop(obj_id, None)  # the order is that of giving
+            given[obj_id] = mask
+
+    def _check_frame_idx(self, frame_idx: int):
+        if frame_idx < 0:
+            raise ValueError(f"`frame_idx` must not be negative, got {frame_idx}.")
+        if self.source is None:
+            return
+        if self.num_frames is not None and frame_idx >= self.num_frames:
+            raise ValueError(f"`frame_idx` must be below the video's {self.num_frames} frames, got {frame_idx}.")
+        if frame_idx < self.source.first_readable:
+            raise ValueError(
+                f"Frame {frame_idx} has passed: this video is a stream, and frame {self.source.first_readable} is the "
+                "earliest that masks can still be given for."
+            )
 
     def remove_object(self, obj_id: int):
         """
         Stop following an object and take it out of the memory; its pixels become background.
+
+        With one propagation layer the memory is then what it would be had the object never been there. In deeper
+        models the visual and identification inputs of further layers keep what they saw.
 
         Raises:
             ValueError: if the id is unknown.
@@ -222,9 +274,11 @@ class DeformVosInferenceSession:
                 del self._inputs[frame_idx]
         if self._objects is not None and obj_id in self._objects:
             group, slot = self._objects.remove(obj_id)
-            self._rewrite_memory(lambda masks: _take_out(masks, group, slot))
             if not len(self._objects):
                 self._restart()
+                return
+            groups = self._objects.num_groups
+            self._rewrite_memory(lambda masks: _take_out(masks, group, slot)[:groups])
 
     # One frame
 
@@ -247,34 +301,45 @@ class DeformVosInferenceSession:
         if frame_idx is None:
             frame_idx = self._next_frame_idx()
         pixel_values = self._pixel_values(model, frame, frame_idx)
-        given = self._inputs.get(frame_idx, {})
+        frame_size = tuple(pixel_values.shape[-2:])
+        given = _at_size(self._inputs.get(frame_idx, {}), frame_size)
         if not given and (self._memory is None or self._memory.is_empty):
             first = f"the first mask is on frame {min(self._inputs)}" if self._inputs else "no mask has been given"
             raise ValueError(
                 f"No object is known at frame {frame_idx}: {first}. Call `processor.add_inputs_to_inference_session` "
                 "with `frame_idx` of this frame, or an earlier one, first."
             )
-        self._prepare_memory(model, frame_idx)
         with self._autocast(model):
             features = model.encode_images(pixel_values)
+            # Nothing of the session has changed so far: a frame that is refused leaves it as it was.
+            joining = self._prepare_memory(model, frame_idx, given)
             segmentation = None if self._memory.is_empty else model.segment(features, self._memory)
-            masks = self._masks(model, features, segmentation, given)
+            masks = self._masks(model, features, segmentation, given, joining)
             self._remember(model, features, segmentation, masks, frame_idx, bool(given))
-        self._last_frame_idx = frame_idx
+        self._frame_size, self._last_frame_idx = frame_size, frame_idx
         if self.source is None or not self.source.is_seekable:
             self._inputs.pop(frame_idx, None)
         return self._output(segmentation, given, frame_idx, output_attentions, output_hidden_states)
 
     def _next_frame_idx(self) -> int:
+        earliest = 0 if self.source is None else self.source.first_readable
         if self._last_frame_idx is not None:
-            return self._last_frame_idx + 1
-        return min(self._inputs, default=0)
+            return max(self._last_frame_idx + 1, earliest)
+        return max(min(self._inputs, default=0), earliest)
 
     def _pixel_values(self, model: DeformVosModel, frame: torch.Tensor | None, frame_idx: int) -> torch.Tensor:
         if frame is None:
             if self.source is None:
                 raise ValueError("This session has no video: hand each frame over as `frame=pixel_values`.")
-            frame, _ = self.source.read(frame_idx)
+            try:
+                frame, _ = self.source.read(frame_idx)
+            except FrameSource.End as end:
+                raise ValueError(str(end)) from end
+        if not isinstance(frame, torch.Tensor):
+            raise ValueError(
+                f"`frame` must be a tensor (3, height, width), got {type(frame).__name__}: pass "
+                "`processor(images=frame).pixel_values[0]`."
+            )
         pixel_values = frame if frame.dim() == 4 else frame.unsqueeze(0)
         if pixel_values.shape[0] != 1:
             raise ValueError(f"`frame` must be one frame (3, height, width), got {tuple(frame.shape)}.")
@@ -287,30 +352,40 @@ class DeformVosInferenceSession:
         # One pass and no temporary: a sum is finite only if every pixel is.
         if not pixel_values.sum(dtype=torch.float32).isfinite():
             raise ValueError(f"Frame {frame_idx} holds NaN or infinite values.")
-        self._frame_size = size
-        return pixel_values.to(self.inference_device or model.device, model.dtype)
+        device = torch.device(self.inference_device or model.device)
+        if device.type != model.device.type:
+            raise ValueError(f"The session computes on {device}, the model lies on {model.device}: move one of them.")
+        return pixel_values.to(device, model.dtype)
 
     def _autocast(self, model: DeformVosModel):
-        lower = self.dtype is not None and self.dtype != model.dtype
-        device = torch.device(self.inference_device or model.device)
-        return torch.autocast(device.type, self.dtype if lower else torch.bfloat16, enabled=lower)
+        if self.dtype in (None, model.dtype):
+            return nullcontext()
+        if self.dtype == torch.float32:
+            raise ValueError(
+                f"The session asks for float32, the model's weights are {model.dtype}: load it in float32."
+            )
+        return torch.autocast(model.device.type, self.dtype)
 
-    def _prepare_memory(self, model: DeformVosModel, frame_idx: int):
-        """Make room for the objects that this frame brings; the first frame makes the memory itself."""
-        if self._memory is None:
-            self._memory = MemoryBank(self.long_term_slots or model.config.long_term_slots)
-            self._objects = ObjectTable(model.config.max_objects)
-            self._origin = frame_idx
-        for obj_id in self._inputs.get(frame_idx, {}):
-            self._objects.add(obj_id)
-        groups = self._objects.num_groups
-        if groups > 1 and not model.config.object_independent:
+    def _prepare_memory(self, model: DeformVosModel, frame_idx: int, given: dict[int, torch.Tensor]) -> set[int]:
+        """Make room for the objects that this frame brings, and return them; the first frame makes the memory."""
+        followed = set() if self._objects is None else set(self._objects.object_ids)
+        joining = given.keys() - followed
+        limit = model.config.max_objects
+        if len(followed | joining) > limit and not model.config.object_independent:
             raise ValueError(
                 f"This model's attention depends on the objects (`object_independent=False`): it follows at most "
-                f"{model.config.max_objects} of them, got {len(self._objects)}."
+                f"{limit} of them, got {len(followed | joining)}."
             )
+        if self._memory is None:
+            self._memory = MemoryBank(self.long_term_slots or model.config.long_term_slots)
+            self._objects = ObjectTable(limit)
+            self._origin = frame_idx
         self._model = model
+        for obj_id in given:
+            self._objects.add(obj_id)
+        groups = self._objects.num_groups
         self._rewrite_memory(lambda masks: _add_groups(masks, groups), only_if=lambda masks: len(masks) < groups)
+        return joining
 
     def _rewrite_memory(self, change: Callable, only_if: Callable = lambda masks: True):
         """Give every remembered frame other masks; a frame that is held twice is rewritten once."""
@@ -329,18 +404,22 @@ class DeformVosInferenceSession:
         features: ImageFeatures,
         segmentation: Segmentation | None,
         given: dict[int, torch.Tensor],
+        joining: set[int],
     ) -> torch.Tensor:
         """What is remembered of the frame, `(G, 1 + max_objects, 4h-3, 4w-3)`: predictions, overruled by inputs."""
         groups, device = self._objects.num_groups, features.tokens.device
         if segmentation is not None:
-            masks = model.logits_to_masks(segmentation.logits, self._objects.valid(groups, device))
+            # The memory has never seen the objects that join here: nothing may be predicted for them.
+            valid = self._objects.valid(groups, device, without=joining)
+            aggregate = model.logits_to_masks if groups == 1 else _aggregate_groups
+            masks = aggregate(segmentation.logits, valid)
         else:
             masks = torch.zeros(groups, 1 + self._objects.max_objects, *features.stride4.shape[-2:], device=device)
             masks[:, 0] = 1.0
         if not given:
             return masks
-        network = torch.stack([_resize_nearest(mask, self._frame_size) for mask in given.values()])
-        shares = F.avg_pool2d(network[None].float(), 5, 4, 2, count_include_pad=False)[0].to(device)
+        stacked = torch.stack(list(given.values()))
+        shares = F.avg_pool2d(stacked[None].float(), 5, 4, 2, count_include_pad=False)[0].to(device)
         masks = masks * (1.0 - shares.sum(0).clamp(max=1.0))
         for share, obj_id in zip(shares, given, strict=True):
             group, slot = self._objects.place(obj_id)
@@ -359,7 +438,7 @@ class DeformVosInferenceSession:
     def _output(self, segmentation, given, frame_idx: int, output_attentions: bool, output_hidden_states: bool):
         object_ids = self._objects.object_ids
         device = self._memory.previous.masks.device
-        pred_masks = torch.empty(len(object_ids), 1, *self._frame_size, device=device)
+        pred_masks = torch.full((len(object_ids), 1, *self._frame_size), -GIVEN_LOGIT, device=device)
         if segmentation is not None:
             places = [self._objects.place(obj_id) for obj_id in object_ids]
             groups, slots = (torch.tensor(axis, device=device) for axis in zip(*places, strict=True))
@@ -379,11 +458,10 @@ class DeformVosInferenceSession:
 
     def _overrule(self, pred_masks: torch.Tensor, object_ids: list[int], given: dict[int, torch.Tensor]):
         """Put the given masks into the output, and everything else off the pixels that they claim."""
-        network = {obj_id: _resize_nearest(mask, self._frame_size) for obj_id, mask in given.items()}
-        claimed = torch.stack(list(network.values())).any(0).to(pred_masks.device)
+        claimed = torch.stack(list(given.values())).any(0).to(pred_masks.device)
         for index, obj_id in enumerate(object_ids):
-            if obj_id in network:
-                pred_masks[index, 0] = (network[obj_id].to(pred_masks.device).float() - 0.5) * 2 * GIVEN_LOGIT
+            if obj_id in given:
+                pred_masks[index, 0] = (given[obj_id].to(pred_masks.device).float() - 0.5) * 2 * GIVEN_LOGIT
             else:
                 pred_masks[index, 0].masked_fill_(claimed, -GIVEN_LOGIT)
 
@@ -402,7 +480,7 @@ class DeformVosInferenceSession:
         self._check_propagation(start_frame_idx, max_frame_num_to_track, reverse)
         seekable = self.source.is_seekable
         if start_frame_idx is None:
-            start_frame_idx = min(self._inputs) if seekable or self._last_frame_idx is None else self._next_frame_idx()
+            start_frame_idx = min(self._inputs) if seekable else self._next_frame_idx()
         if seekable:
             self._restart()
             self._load_references(model, start_frame_idx, reverse)
@@ -413,7 +491,7 @@ class DeformVosInferenceSession:
         while frame_idx != end and visited <= limit:
             try:
                 self.source.read(frame_idx)
-            except IndexError:
+            except FrameSource.End:
                 return
             yield frame_idx
             frame_idx, visited = frame_idx + direction, visited + 1
@@ -430,9 +508,16 @@ class DeformVosInferenceSession:
             )
         if max_frame_num_to_track is not None and max_frame_num_to_track < 0:
             raise ValueError(f"`max_frame_num_to_track` must not be negative, got {max_frame_num_to_track}.")
-        if start_frame_idx is not None and self.source.is_seekable:
-            if not 0 <= start_frame_idx < self.num_frames:
-                raise ValueError(f"`start_frame_idx` must be 0 to {self.num_frames - 1}, got {start_frame_idx}.")
+        if start_frame_idx is None:
+            return
+        if self.num_frames is not None and not 0 <= start_frame_idx < self.num_frames:
+            raise ValueError(f"`start_frame_idx` must be 0 to {self.num_frames - 1}, got {start_frame_idx}.")
+        if not self.source.is_seekable and start_frame_idx not in self._inputs and self._last_frame_idx is None:
+            raise ValueError(
+                f"No object is known at frame {start_frame_idx} of this stream: masks are on frames "
+                f"{sorted(self._inputs)}, and a stream starts at one of them."
+            )
+        if self.source.is_seekable:
             behind = max(self._inputs) >= start_frame_idx if reverse else min(self._inputs) <= start_frame_idx
             if not behind:
                 raise ValueError(
@@ -445,6 +530,16 @@ class DeformVosInferenceSession:
         passed = [i for i in self._inputs if (i > start_frame_idx if reverse else i < start_frame_idx)]
         for frame_idx in sorted(passed, reverse=reverse):
             self.step(model, frame_idx=frame_idx)
+
+
+def _at_size(given: dict[int, torch.Tensor], size: tuple[int, int]) -> dict[int, torch.Tensor]:
+    """The given masks at network size, without overlaps: a pixel goes to the object that was given last."""
+    resized, taken = {}, None
+    for obj_id in reversed(given):
+        mask = _resize_nearest(given[obj_id], size)
+        resized[obj_id] = mask if taken is None else mask & ~taken
+        taken = mask if taken is None else mask | taken
+    return {obj_id: resized[obj_id] for obj_id in given}
 
 
 def _resize_nearest(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -462,11 +557,32 @@ def _take_out(masks: torch.Tensor, group: int, slot: int) -> torch.Tensor:
     return masks
 
 
+def _aggregate_groups(logits: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """
+    Probabilities of slots against all objects of all groups, and of the background of each group, which is what its
+    own objects leave. With one group this is the softmax over its channels.
+    """
+    margins = (logits[:, 1:] - logits[:, :1]).float().masked_fill(~valid[:, 1:, None, None], MASKED_LOGIT)
+    scores = torch.cat([torch.zeros_like(margins[:1, :1]), margins.flatten(0, 1).unsqueeze(0)], dim=1)
+    slots = scores.softmax(dim=1)[:, 1:].unflatten(1, margins.shape[:2])[0]
+    return torch.cat([1.0 - slots.sum(1, keepdim=True), slots], dim=1)
+
+
 def _add_groups(masks: torch.Tensor, num_groups: int) -> torch.Tensor:
     """The masks with groups of nothing but background added, `(G', 1 + max_objects, H, W)`."""
     empty = torch.zeros_like(masks[:1])
     empty[:, 0] = 1.0
     return torch.cat([masks, empty.expand(num_groups - len(masks), -1, -1, -1)])
+
+
+def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating-point dtype by name or as it is."""
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if named is not None and (not isinstance(named, torch.dtype) or not named.is_floating_point):
+        named = None
+    if dtype is not None and named is None:
+        raise ValueError(f"`dtype` must be a floating-point dtype such as float32 or bfloat16, got {dtype!r}.")
+    return named
 
 
 def as_bool_mask(mask, name: str) -> torch.Tensor:
@@ -477,7 +593,8 @@ def as_bool_mask(mask, name: str) -> torch.Tensor:
         ValueError: if it is not two-dimensional, or holds NaN.
     """
     array = mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask)
-    array = array.squeeze()
+    while array.ndim > 2 and array.shape[0] == 1:
+        array = array[0]
     if array.ndim != 2:
         raise ValueError(f"{name} must be (height, width), got {tuple(array.shape)}.")
     if array.dtype.kind == "f" and not np.isfinite(array).all():

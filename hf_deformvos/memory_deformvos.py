@@ -71,9 +71,15 @@ class MemoryBank:
     def write(self, frame: MemoryFrame, to_long_term: bool):
         """Make `frame` the previous frame, and a long-term one where asked; evict what exceeds the bound."""
         self.previous = frame
+        held = next((i for i, kept in enumerate(self.long_term) if kept.frame_idx == frame.frame_idx), None)
+        if held is not None:
+            # Seen again: a correction replaces what was there; a prediction is worth less than a reference.
+            if frame.is_reference or not self.long_term[held].is_reference:
+                self.long_term[held] = frame
+            return
         if not (to_long_term or frame.is_reference):
             return
-        self.long_term = [kept for kept in self.long_term if kept.frame_idx != frame.frame_idx] + [frame]
+        self.long_term.append(frame)
         while len(self.long_term) > self.long_term_slots:
             self.long_term.pop(self._evicted())
 

@@ -378,20 +378,26 @@ class DeformVosModel(DeformVosPreTrainedModel):
                 )
         return MemoryFrame(frame_idx, tuple(written), masks, is_reference=True)
 
+    @torch.no_grad()
     def rewrite(self, frame: MemoryFrame, masks: torch.Tensor) -> MemoryFrame:
         """
-        The same remembered frame of one video with other masks, as when an object is removed or a group is added. Of
-        an added group deeper layers know nothing: its identification input is zero.
+        The same remembered frame of one video with other masks, as when an object is removed or a group is added.
+
+        Deeper layers keep the identification input that the frame was segmented with; that of an added group is zero.
+        The frame keeps its dtype, which autocast may have made lower than the weights'.
         """
-        embedding = self.identity_bank(masks.to(frame.layers[0].key.dtype))
+        dtype = frame.layers[0].values.dtype
         layers = []
-        for layer, memory in zip(self.layers, frame.layers, strict=True):
-            visual, identification = memory.values[:, : self.config.value_size], memory.identification
-            if identification is not None and len(identification) < len(masks):
-                added = identification.new_zeros(len(masks) - len(identification), *identification.shape[1:])
-                identification = torch.cat([identification, added])
-            projection = LayerProjection(memory.key, visual, visual, identification)
-            layers.append(LayerMemory(memory.key, layer.remember(projection, embedding), identification))
+        with torch.autocast(masks.device.type, enabled=False):
+            embedding = self.identity_bank(masks.to(self.dtype))
+            for layer, memory in zip(self.layers, frame.layers, strict=True):
+                visual = memory.values[:, : self.config.value_size].to(self.dtype)
+                identification = memory.identification
+                if identification is not None:
+                    identification = _fit_groups(identification, len(masks))
+                known = None if identification is None else identification.to(self.dtype)
+                values = layer.remember(LayerProjection(memory.key, visual, visual, known), embedding)
+                layers.append(LayerMemory(memory.key, values.to(dtype), identification))
         return MemoryFrame(frame.frame_idx, tuple(layers), masks, frame.is_reference)
 
     def forward(
@@ -408,7 +414,6 @@ class DeformVosModel(DeformVosPreTrainedModel):
         frame_idx: int | None = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
-        **kwargs,
     ) -> DeformVosOutput | DeformVosVideoOutput:
         r"""
         Segment a batch of clips (training), or one frame of a session (inference, without gradients).
@@ -417,7 +422,8 @@ class DeformVosModel(DeformVosPreTrainedModel):
             pixel_values (`torch.FloatTensor` of shape `(batch_size, num_frames, 3, height, width)`):
                 Normalised frames; sides of the form 16k+1.
             id_masks (`torch.LongTensor` of shape `(batch_size, 1 or num_frames, height, width)`):
-                0 is background, 1 to `num_objects` are objects, 255 is void. Frames beyond the first are needed only
+                0 is background, 1 to `num_objects` are objects; other values are void to the loss, and background to
+                the memory. Frames beyond the first are needed only
                 where they are teacher-forced.
             num_objects (`int`): the most objects that a clip of the batch holds.
             object_valid (`torch.BoolTensor` of shape `(batch_size, num_objects)`, *optional*):
@@ -483,7 +489,10 @@ class DeformVosModel(DeformVosPreTrainedModel):
                 outside the video or before the first mask.
         """
         frames = inference_session.frames_to_visit(self, start_frame_idx, max_frame_num_to_track, reverse)
-        for frame_idx in tqdm(frames, desc="segment", unit="frame", disable=not show_progress_bar):
+        total = inference_session.num_frames
+        if total is not None and max_frame_num_to_track is not None:
+            total = min(total, max_frame_num_to_track + 1)
+        for frame_idx in tqdm(frames, desc="segment", unit="frame", total=total, disable=not show_progress_bar):
             yield self(inference_session=inference_session, frame_idx=frame_idx)
 
     def _roll(self, pixel_values, id_masks, slots, valid, teacher_forcing, memory_interval) -> list[Segmentation]:
@@ -514,7 +523,7 @@ class DeformVosModel(DeformVosPreTrainedModel):
         Masks to what the identity bank takes.
 
         Args:
-            id_masks (`torch.LongTensor` of shape `(B, height, width)`): 0 background, 1 to N objects, others void.
+            id_masks (`torch.LongTensor` of shape `(B, height, width)`): 1 to N are objects, all else is background.
             slots (`torch.LongTensor` of shape `(B, N)`): the objects' slots.
 
         Returns:
@@ -531,7 +540,16 @@ class DeformVosModel(DeformVosPreTrainedModel):
 
     @staticmethod
     def logits_to_masks(logits: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """Probabilities `(B * G, 1 + max_objects, H, W)` in float32 of the slots that `valid` `(B * G, ...)` holds."""
+        """
+        Probabilities of background and slots.
+
+        Args:
+            logits (`torch.Tensor` of shape `(B * G, 1 + max_objects, H, W)`): what the decoder returns.
+            valid (`torch.BoolTensor` of shape `(B * G, 1 + max_objects)`): the channels in use.
+
+        Returns:
+            `torch.FloatTensor` of the shape of `logits`, float32.
+        """
         return torch.softmax(logits.float().masked_fill(~valid[:, :, None, None], MASKED_LOGIT), dim=1)
 
     @staticmethod
@@ -575,6 +593,12 @@ class DeformVosModel(DeformVosPreTrainedModel):
         if isinstance(teacher_forcing, torch.Tensor):
             return teacher_forcing.to(device)
         return torch.rand(batch_size, num_frames, device=device) < teacher_forcing
+
+
+def _fit_groups(identification: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """`(G, C, h, w)` to another number of groups: further ones are zero, those beyond are dropped."""
+    missing = max(0, num_groups - len(identification))
+    return torch.cat([identification[:num_groups], identification.new_zeros(missing, *identification.shape[1:])])
 
 
 def _pick_channels(tensor: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Processor of DeformVOS: frames and masks in the caller's terms on one side, the network's tensors on the other."""
 
+import os
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -85,6 +86,16 @@ class DeformVosProcessor(ProcessorMixin):
         Raises:
             ValueError: if the video is empty or an argument is out of range.
         """
+        if isinstance(video, (str, bytes, os.PathLike)):
+            raise ValueError(
+                f"`video` must be frames, got the path {video!r}. `hf_deformvos.video.VideoReader` decodes a file: "
+                "`(frame.image for frame in VideoReader(path))`."
+            )
+        if getattr(video, "ndim", 4) != 4:
+            raise ValueError(
+                f"`video` as an array must be (num_frames, height, width, 3), got {tuple(video.shape)}; a single "
+                "frame is `frame[None]`."
+            )
         if video is not None and hasattr(video, "__len__") and len(video) == 0:
             raise ValueError("`video` holds no frame.")
 
@@ -195,6 +206,9 @@ def _masks_by_id(input_masks, obj_ids) -> dict[int, torch.Tensor]:
         obj_ids = [int(obj_id) for obj_id in obj_ids]
         if len(set(obj_ids)) != len(obj_ids):
             raise ValueError(f"`obj_ids` must differ from each other, got {obj_ids}.")
+        beyond = [obj_id for obj_id in obj_ids if not -(2**31) <= obj_id < 2**31]
+        if beyond:
+            raise ValueError(f"Object ids are 32-bit integers, got {beyond}.")
         if 0 in obj_ids:
             raise ValueError(f"0 is the background and no object id; got `obj_ids` {obj_ids}.")
     array = _as_array(input_masks)
@@ -208,7 +222,7 @@ def _masks_by_id(input_masks, obj_ids) -> dict[int, torch.Tensor]:
                 "two-dimensional and of integers.)"
             )
         masks = {i: as_bool_mask(mask, f"The mask of object {i}") for i, mask in zip(obj_ids, listed, strict=True)}
-    return _without_overlaps(masks)
+    return masks
 
 
 def _as_array(input_masks):
@@ -235,18 +249,13 @@ def _split_id_map(id_map: np.ndarray, obj_ids: list[int] | None) -> dict[int, to
     present = [int(obj_id) for obj_id in np.unique(id_map) if obj_id != 0]
     if obj_ids is None and not present:
         raise ValueError("The mask is empty: every pixel is 0, the background. Mark at least one object.")
+    missing = [obj_id for obj_id in obj_ids or () if obj_id not in present]
+    if missing:
+        raise ValueError(
+            f"The id map holds the ids {present}, and none of {missing}. To give the mask of one object, pass "
+            "booleans."
+        )
     return {obj_id: torch.from_numpy(id_map == obj_id) for obj_id in (present if obj_ids is None else obj_ids)}
-
-
-def _without_overlaps(masks: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-    if len({mask.shape for mask in masks.values()}) != 1:
-        return masks
-    taken = None
-    for obj_id in reversed(masks):
-        if taken is not None:
-            masks[obj_id] = masks[obj_id] & ~taken
-        taken = masks[obj_id] if taken is None else taken | masks[obj_id]
-    return masks
 
 
 def _warn_of_other_size(masks: dict[int, torch.Tensor], original_size: tuple[int, int]):

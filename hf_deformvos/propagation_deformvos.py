@@ -71,10 +71,12 @@ def sample_at(hidden: torch.Tensor, locations: torch.Tensor) -> torch.Tensor:
         where the locations are.
     """
     height, width = hidden.shape[-2:]
-    last = locations.new_tensor([max(height - 1, 1), max(width - 1, 1)])
-    grid = (2.0 * locations / last - 1.0).flip(-1).unsqueeze(1)
+    last = locations.new_tensor([height - 1, width - 1])
+    # Clamped here, which every device can do; border padding in grid_sample is the same but not on all of them.
+    inside = torch.minimum(locations.clamp_min(0), last)
+    grid = (2.0 * inside / last.clamp_min(1) - 1.0).flip(-1).unsqueeze(1)
     # grid_sample refuses mixed dtypes, and half-precision coordinates would miss tokens on long sides.
-    sampled = F.grid_sample(hidden.to(grid.dtype), grid, mode="bilinear", padding_mode="border", align_corners=True)
+    sampled = F.grid_sample(hidden.to(grid.dtype), grid, mode="bilinear", padding_mode="zeros", align_corners=True)
     return sampled.squeeze(2).transpose(1, 2).to(hidden.dtype)
 
 

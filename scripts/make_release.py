@@ -26,9 +26,8 @@ SETTINGS = (
 
 def release(run: Path, folder: Path, short_side: int, memory_interval: int | None) -> dict:
     """Write the folder's model files and `training.json`; what the latter holds."""
-    model = DeformVosModel.from_pretrained(run)
-    if memory_interval is not None:
-        model.config.memory_interval = memory_interval
+    overrides = {} if memory_interval is None else {"memory_interval": memory_interval}
+    model = DeformVosModel.from_pretrained(run, **overrides)
     model.save_release(folder)
     size = {"shortest_edge": short_side, "longest_edge": 1536}
     DeformVosProcessor(DeformVosImageProcessor(size=size)).save_pretrained(folder)
@@ -61,6 +60,7 @@ def render_card(facts: dict, template: str) -> str:
         clips=f"{facts['clips']:,}",
         minutes=f"{facts['minutes']:.0f}",
         parameters=f"{facts['parameters'] / 1e6:.2f}",
+        precision={"bf16": "bfloat16", "fp16": "float16", "no": "float32"}[facts["settings"]["mixed_precision"]],
         learning_rate=f"{facts['settings']['learning_rate']:g}",
         stages="\n".join(rows),
     )

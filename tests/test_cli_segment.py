@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -314,7 +315,7 @@ def test_model_and_device_mistakes(tmp_path, clip, capsys):
     assert run(*arguments, "--model", tmp_path) == 2
     assert "config.json" in error_of(capsys)
     assert run(*arguments, "--model", tmp_path, "--device", "tpu9") == 2
-    assert "--device must name a device" in error_of(capsys)
+    assert "`device` must be one that PyTorch can use" in error_of(capsys)
     assert not (tmp_path / "out").exists()
 
 
@@ -426,3 +427,19 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, clip, model_dir):
     assert 4 <= num_frames < 400
     assert len(list((output / "masks").glob("*.png"))) == num_frames
     assert len(list(VideoReader(overlay))) == num_frames
+
+
+def test_what_is_read_is_never_overwritten(tmp_path, clip, fake, capsys):
+    video, mask = clip
+    before = Path(video).read_bytes()
+    assert run(video, "--mask", mask, "--output", tmp_path / "out", "--overlay", video, "--overwrite") == 2
+    assert "is a file that is read" in error_of(capsys)
+    assert Path(video).read_bytes() == before
+    inside = tmp_path / "out" / "masks" / "00050.png"
+    inside.parent.mkdir(parents=True)
+    inside.write_bytes(Path(mask).read_bytes())
+    assert run(video, "--mask", inside, "--output", tmp_path / "out", "--overwrite") == 2
+    assert "lies where masks are written" in error_of(capsys)
+    assert inside.is_file()
+    assert run(inside.parent, "--mask", mask, "--output", tmp_path / "out", "--overwrite") == 2
+    assert inside.is_file()

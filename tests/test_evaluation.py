@@ -108,6 +108,8 @@ def make_youtube_vos(root, complete, all_frames=False, size=SIZE):
 class FakeProcessor:
     """The processor's interface; frames go to the model as they are."""
 
+    image_processor = SimpleNamespace(size={"shortest_edge": 480, "longest_edge": None})
+
     def init_video_session(self, video=None, device=None, dtype=None):
         assert video is None
         return SimpleNamespace(masks={}, frame_idx=0, dtype=dtype, calls=[])
@@ -772,7 +774,7 @@ def test_guess_dataset(tmp_path):
 
 def test_model_that_is_no_folder_is_named(tmp_path):
     dataset = load_dataset_layout("davis2017", make_davis(tmp_path, 2017, ["cat"], num_frames=3))
-    with pytest.raises(ValueError, match=r"`model` must be a folder or a Hub repository .* got '/no/where'"):
+    with pytest.raises(ValueError, match=r"model is a folder or a Hub repository .* got '/no/where'"):
         run(dataset, RunnerConfig(model="/no/where", device="cpu"))
 
 

@@ -225,6 +225,20 @@ def test_from_pretrained_initialises_nothing_anew(variant, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
 
 
+def test_folded_step_compiles_without_graph_breaks(tiny_model):
+    folded = copy.deepcopy(tiny_model).fold_batch_norm().backbone
+    frame = torch.randn(1, 3, 65, 81)
+    with torch.no_grad():
+        for one, other in zip(
+            torch.compile(folded, fullgraph=True, backend="eager")(frame), folded(frame), strict=True
+        ):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert folded(frame)[-1].dtype == torch.bfloat16, "autocast reaches a folded backbone"
+    with pytest.raises(ValueError, match=r"eval\(\)"):
+        tiny_model.train().fold_batch_norm()
+
+
 def test_folded_batch_norm_gives_the_same_masks(tiny_model):
     for module in tiny_model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):

@@ -1,7 +1,6 @@
 """`deformvos segment`: follows the objects of one or more masks through a video, decoding and encoding as a stream."""
 
 import argparse
-import hashlib
 import json
 import os
 import platform
@@ -134,6 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
         masks = {index: read_mask(path, (reader.info.height, reader.info.width)) for index, path in mask_files.items()}
         output = Path(arguments.output or Path("deformvos-output", _folder_name(arguments.video)))
         overlay = Path(arguments.overlay) if arguments.overlay else None
+        _keep_inputs([arguments.video, *mask_files.values()], output, overlay)
         writer = H264Writer(overlay, fps=reader.info.fps) if overlay else None
         old = _earlier_results(output, overlay, arguments.overwrite)
         loaded = load_model(arguments)
@@ -164,6 +164,7 @@ class _Job:
     """One run: the reader's thread decodes, this thread runs the network, a third one encodes."""
 
     def __init__(self, arguments, reader, masks: dict, output: Path, writer, loaded: LoadedModel):
+        from hf_deformvos.inference import size_option
         from hf_deformvos.video import PALETTES
 
         self.arguments = arguments
@@ -172,10 +173,7 @@ class _Job:
         self.output = output
         self.writer = writer
         self.loaded = loaded
-        self._size = {}
-        if arguments.short_side:
-            bounds = {name: side for name, side in dict(loaded.processor.image_processor.size).items() if side}
-            self._size = {"size": {**bounds, "shortest_edge": arguments.short_side}}
+        self._size = size_option(loaded.processor, arguments.short_side)
         self.palette = PALETTES[arguments.colors]()
         self.results = _Results()
         self.failure: Exception | None = None
@@ -353,24 +351,17 @@ class _Clock:
 def load_model(arguments: argparse.Namespace) -> LoadedModel:
     """Loads model and processor as the arguments say; `ValueError` or `OSError` for what cannot be loaded."""
     import torch
-    from transformers import AutoModel, AutoProcessor
     from transformers.utils import logging
 
-    import hf_deformvos  # noqa: F401  (registers the Auto classes)
+    from ..inference import hash_weights, load_for_inference
 
     if arguments.quiet:
         logging.disable_progress_bar()
-    device = _pick_device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     name = arguments.model or _default_model()
-    if not os.path.isdir(name) and (name.count("/") > 1 or name.startswith((".", "/", "~")) or os.path.exists(name)):
-        raise ValueError(f"--model must be a folder or a Hub repository (owner/name), got {name!r}, which is neither.")
-    # Batch norm is folded in full precision, before any cast.
-    model = AutoModel.from_pretrained(name, dtype=torch.float32).eval().fold_batch_norm()
-    model = model.to(device, getattr(torch, arguments.dtype))
-    processor = AutoProcessor.from_pretrained(name)
-    return LoadedModel(model, processor, name, _weights_sha256(name), device, arguments.dtype)
+    model, processor = load_for_inference(name, arguments.device, arguments.dtype)
+    return LoadedModel(model, processor, name, hash_weights(name), str(model.device), arguments.dtype)
 
 
 def _default_model() -> str:
@@ -379,36 +370,6 @@ def _default_model() -> str:
         if (root / _BUNDLED_MODEL / "config.json").is_file():
             return str(root / _BUNDLED_MODEL)
     return DEFAULT_HUB_MODEL
-
-
-def _pick_device(name: str | None) -> str:
-    """The named device, checked by using it, or the fastest one present."""
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"--device must name a device that PyTorch can use here, got {name!r} ({str(error).splitlines()[0]}); "
-            "leave it out to take the fastest one."
-        ) from error
-    return name
-
-
-def _weights_sha256(name: str) -> str | None:
-    """SHA-256 of the model's safetensors file, `None` where the weights are in several files."""
-    from transformers.utils import cached_file
-
-    path = cached_file(name, "model.safetensors", _raise_exceptions_for_missing_entries=False)
-    if path is None:
-        return None
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _pair_masks(masks: list[str], frames: list[int] | None) -> dict[int, str]:
@@ -429,6 +390,17 @@ def _pair_masks(masks: list[str], frames: list[int] | None) -> dict[int, str]:
 def _folder_name(video: str) -> str:
     """A name for the results of a video, from its file name without what file systems refuse."""
     return re.sub(r"[^\w.-]+", "_", Path(video).stem).strip("_.") or "video"
+
+
+def _keep_inputs(inputs: list[str], output: Path, overlay: Path | None):
+    """An error if the run would write over, or clear away, what it reads."""
+    masks = (output / "masks").resolve()
+    for name in inputs:
+        path = Path(name).resolve()
+        if overlay is not None and path == overlay.resolve():
+            raise ValueError(f"--overlay {overlay} is a file that is read; choose another.")
+        if masks in (path, path.parent) and path.exists():
+            raise ValueError(f"{name} lies where masks are written, in {output}/masks; choose another --output.")
 
 
 def _earlier_results(output: Path, overlay: Path | None, overwrite: bool) -> list[Path]:

@@ -30,9 +30,11 @@ def count_macs() -> Iterator[MacCount]:
     print(macs.value)
     ```
     """
-    fused = torch.ops.mkldnn._convolution_pointwise
+    # Builds of PyTorch without oneDNN do not have it.
+    fused = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
     count = MacCount()
-    with FlopCounterMode(display=False, custom_mapping={fused: _fused_convolution}) as counter:
+    mapping = {} if fused is None else {fused: _fused_convolution}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         yield count
     # The counter takes a multiply-accumulate for two operations.
     count.value = counter.get_total_flops() // 2

@@ -1,6 +1,5 @@
 """Runs a model over a benchmark, a frame at a time, and measures accuracy, speed and memory together."""
 
-import hashlib
 import json
 import os
 import platform
@@ -14,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModel, AutoProcessor
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
+from ..inference import hash_weights, load_for_inference, resolve_device, size_option
 from ..video.writer import write_palette_png
 from .layouts import EvaluationDataset, EvaluationSequence, limit_short_side
 from .macs import count_macs as counting_macs
@@ -172,7 +171,7 @@ class SequenceRunner:
         self.processor = processor
         self.device = device
         self.dtype = dtype
-        self.size = {} if short_side is None else {"size": {"shortest_edge": short_side}}
+        self.size = size_option(processor, short_side)
         self.save_masks = save_masks
 
     def run(self, sequence: EvaluationSequence, count_macs: bool = False) -> SequenceResult:
@@ -232,8 +231,8 @@ class _Stream:
                 self._add_objects(path.stem, given)
             ids = self._segment(image, size, count_macs, timed=given is None)
             if given is not None:
-                # A mask that is given stands as it is.
-                ids = np.where(given > 0, given, ids)
+                # A mask that is given stands as it is, and its objects are nowhere else.
+                ids = np.where(given > 0, given, np.where(np.isin(ids, np.unique(given)), 0, ids))
         if save and self.runner.save_masks is not None:
             target = mask_path(self.runner.save_masks, self.sequence, path.stem)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -299,43 +298,9 @@ class _Stream:
 
 
 def load_pretrained(config: RunnerConfig) -> tuple:
-    """Loads the model (in evaluation mode, on its device) and the processor that a [`RunnerConfig`] names."""
+    """Loads the model and the processor that a [`RunnerConfig`] names."""
     overrides = {} if config.memory_interval is None else {"memory_interval": config.memory_interval}
-    overrides |= config.overrides
-    model = AutoModel.from_pretrained(
-        config.model, dtype=torch.float32, **_known_fields(config.model, overrides)
-    ).eval()
-    processor = AutoProcessor.from_pretrained(config.model)
-    if hasattr(model, "fold_batch_norm"):
-        # In full precision, before any cast: that is how the speed figures are stated.
-        model.fold_batch_norm()
-    return model.to(resolve_device(config.device), getattr(torch, config.dtype)), processor
-
-
-def _known_fields(model: str, overrides: dict) -> dict:
-    """The overrides, if the model's configuration has such fields; a misspelt one would change nothing, unnoticed."""
-    if overrides:
-        fields = AutoConfig.from_pretrained(model).to_dict()
-        unknown = sorted(set(overrides) - set(fields))
-        if unknown:
-            raise ValueError(f"The configuration of {model} has no field {', '.join(unknown)}; see its config.json.")
-    return overrides
-
-
-def resolve_device(device: str | None) -> torch.device:
-    """The device of that name, by default CUDA, then MPS, then the CPU."""
-    if device is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"`device` must be cpu, cuda, cuda:<n> or mps, got {device!r}.") from error
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(resolved.type, False):
-        raise ValueError(f"`device` must be one of this machine, got {device!r}; torch finds no {resolved.type} here.")
-    return resolved
+    return load_for_inference(config.model, config.device, config.dtype, overrides | config.overrides)
 
 
 def evaluate(
@@ -483,34 +448,6 @@ def _finished_sequences(dataset: EvaluationDataset, folder: Path, identity: dict
     }
 
 
-def hash_weights(model: str) -> str | None:
-    """
-    The sha256 of a model's `model.safetensors`; `None` where it has no such file.
-
-    Raises:
-        ValueError: If `model` is a path that is no folder.
-    """
-    is_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or os.path.exists(model)
-    if is_path and not os.path.isdir(model):
-        raise ValueError(
-            f"`model` must be a folder or a Hub repository (owner/name), got {model!r}, which is neither."
-        )
-    path = cached_file(
-        model,
-        "model.safetensors",
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if path is None:
-        return None
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def peak_memory() -> int | None:
     """Peak resident memory of this process in bytes; `None` where the system does not tell."""
     # A process inherits `ru_maxrss` from the one that spawned it, on Linux; the status file starts afresh.
@@ -584,10 +521,8 @@ __all__ = [
     "SequenceRunner",
     "StreamTiming",
     "evaluate",
-    "hash_weights",
     "load_pretrained",
     "mask_path",
     "peak_memory",
-    "resolve_device",
     "write_json",
 ]

@@ -106,7 +106,12 @@ def export_step_to_onnx(
         model ([`DeformVosModel`]): in evaluation mode, in float32, not folded.
         path (`str` or `Path`): the file to write.
         pixel_values, memory, valid: examples of the inputs of [`ExportableStep`].
+
+    Raises:
+        ValueError: if the model is folded, or not in evaluation mode.
     """
+    if model.training or getattr(model.backbone, "is_folded", False):
+        raise ValueError("Export a model in evaluation mode whose batch norms are not folded; load it again.")
     torch.onnx.export(
         ExportableStep(model),
         (pixel_values, *memory, valid),

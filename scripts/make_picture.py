@@ -1,0 +1,47 @@
+"""
+Draw the README's picture: a few frames of the example clip as the bundled student segments it, side by side.
+
+    python scripts/make_picture.py docs/images/bunny.png
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from hf_deformvos.cli import main as deformvos
+from hf_deformvos.video import VideoReader
+
+
+ROOT = Path(__file__).resolve().parent.parent
+FRAMES = (0, 30, 60, 90)
+WIDTH = 480
+
+
+def main():
+    """Segment the clip and join frames of the overlay, two a row."""
+    output = Path(sys.argv[1])
+    examples = ROOT / "examples"
+    with tempfile.TemporaryDirectory() as folder:
+        overlay = Path(folder) / "overlay.mp4"
+        model = ["--model", str(ROOT / "hub_cards" / "deformvos-student")]
+        mask = ["--mask", str(examples / "bunny_mask.png")]
+        code = deformvos(
+            ["segment", str(examples / "bunny.mp4"), *mask, *model, "--output", folder, "--overlay", str(overlay)]
+        )
+        if code:
+            raise SystemExit(code)
+        frames = [frame.image for frame in VideoReader(overlay) if frame.index in FRAMES]
+    pictures = [
+        np.asarray(Image.fromarray(image).resize((WIDTH, WIDTH * image.shape[0] // image.shape[1]), Image.LANCZOS))
+        for image in frames
+    ]
+    rows = [np.concatenate(pictures[start : start + 2], axis=1) for start in range(0, len(pictures), 2)]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate(rows)).save(output, optimize=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,9 +2,11 @@
 
 from .clips import ClipSampler, ClipSpec, Prefetcher, RawBatch
 from .davis import HELD_OUT_SEQUENCES, davis_sequences, list_davis, load_davis
+from .hub_dataset import load_hub_dataset
 from .static import list_static_set, load_static_sets
-from .store import VOID, FrameEntry, FrameStore, ObjectBox, read_mask
+from .store import VOID, Frame, FrameEntry, FrameStore, ObjectBox, read_mask
 from .transforms import AugmentConfig, ClipBatch, augment_clips
+from .youtube_vos import list_youtube_vos, load_youtube_vos
 
 
 __all__ = [
@@ -12,6 +14,7 @@ __all__ = [
     "ClipBatch",
     "ClipSampler",
     "ClipSpec",
+    "Frame",
     "FrameEntry",
     "FrameStore",
     "HELD_OUT_SEQUENCES",
@@ -23,7 +26,10 @@ __all__ = [
     "davis_sequences",
     "list_davis",
     "list_static_set",
+    "list_youtube_vos",
     "load_davis",
+    "load_hub_dataset",
     "load_static_sets",
+    "load_youtube_vos",
     "read_mask",
 ]

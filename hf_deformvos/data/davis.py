@@ -5,26 +5,51 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .static import IMAGE_SUFFIXES
-from .store import FrameEntry, FrameStore, report_missing
+from transformers.utils import logging
 
+from .folders import RESOLUTIONS, image_files, read_split, resolution_folder, subfolder_names
+from .store import READ_ERRORS, FrameEntry, FrameStore, read_mask, report_missing, uses_255
+
+
+logger = logging.get_logger(__name__)
 
 HELD_OUT_SEQUENCES = ("bmx-bumps", "dog-agility", "flamingo", "kite-walk", "scooter-gray", "swing")
 """Training sequences that are never trained on: choices (checkpoints, settings) are made on them."""
 
+ANNOTATION_FOLDERS = {"semi-supervised": "Annotations", "unsupervised": "Annotations_unsupervised"}
+"""Where DAVIS-2017 keeps the masks of its two tasks: objects named by people, and whatever stands out."""
 
-def _subfolder(root: Path, part: str) -> Path:
-    """`root/part`, or its only resolution folder (480p, Full-Resolution) where there is one."""
+
+def _part_folder(root: Path, part: str, resolution: str | None) -> Path:
+    """`root/part`, or the resolution folder in it."""
     folder = root / part
     if not folder.is_dir():
         raise ValueError(f"A DAVIS-layout folder needs {part}/; {folder} does not exist.")
-    for resolution in ("480p", "Full-Resolution", "1080p"):
-        if (folder / resolution).is_dir():
-            return folder / resolution
-    return folder
+    if resolution is None:
+        return resolution_folder(folder)
+    if not (folder / resolution).is_dir():
+        raise ValueError(f"`resolution` must be a folder of {folder}, got {resolution!r}; it has {_names(folder)}.")
+    return folder / resolution
 
 
-def davis_sequences(root: str | Path, split: str | None = None, year: int | None = None) -> list[str]:
+def _names(folder: Path) -> str:
+    """The first few folders of a folder, for messages."""
+    names = subfolder_names(folder)
+    return ", ".join(names[:6]) + (" ..." if len(names) > 6 else "") or "none"
+
+
+def _annotation_part(root: Path, task: str | None) -> str:
+    """The folder of masks for a task; without a task the first that there is."""
+    if task is None:
+        return next((part for part in ANNOTATION_FOLDERS.values() if (root / part).is_dir()), "Annotations")
+    if task not in ANNOTATION_FOLDERS:
+        raise ValueError(f"`task` must be one of {', '.join(ANNOTATION_FOLDERS)}, got {task!r}.")
+    return ANNOTATION_FOLDERS[task]
+
+
+def davis_sequences(
+    root: str | Path, split: str | None = None, year: int | None = None, task: str | None = None
+) -> list[str]:
     """
     Names of the sequences of a DAVIS-layout folder.
 
@@ -32,24 +57,28 @@ def davis_sequences(root: str | Path, split: str | None = None, year: int | None
         root (`str` or `Path`): Holds `JPEGImages`, `Annotations` and, for splits, `ImageSets`.
         split (`str`, *optional*): `ImageSets/<year>/<split>.txt`; default every sequence with annotations.
         year (`int`, *optional*): 2016 or 2017; default the one that has the split.
+        task (`str`, *optional*): See [`load_davis`].
 
     Raises:
         ValueError: If the split does not exist.
     """
     root = Path(root)
     if split is None:
-        return sorted(path.name for path in _subfolder(root, "Annotations").iterdir() if path.is_dir())
+        return subfolder_names(_part_folder(root, _annotation_part(root, task), None))
     for candidate in [year] if year else [2017, 2016]:
-        path = root / "ImageSets" / str(candidate) / f"{split}.txt"
-        if path.is_file():
-            lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
-            # DAVIS-2016 lists also come as "/JPEGImages/480p/bear/00000.jpg /Annotations/480p/bear/00000.png".
-            names = [Path(line[0]).parent.name if "/" in line[0] else line[0] for line in lines]
-            return list(dict.fromkeys(names))
+        names = read_split(root, candidate, split)
+        if names is not None:
+            return names
     raise ValueError(f"Split {split!r} must be a file ImageSets/<year>/{split}.txt below {root}; there is none.")
 
 
-def list_davis(root: str | Path, sequences: Sequence[str], on_error: str = "skip") -> list[FrameEntry]:
+def list_davis(
+    root: str | Path,
+    sequences: Sequence[str],
+    on_error: str = "skip",
+    task: str | None = None,
+    resolution: str | None = None,
+) -> list[FrameEntry]:
     """
     Pairs frames with masks by name.
 
@@ -57,6 +86,7 @@ def list_davis(root: str | Path, sequences: Sequence[str], on_error: str = "skip
         root (`str` or `Path`): A DAVIS-layout folder.
         sequences (sequence of `str`): Which sequences.
         on_error (`str`): `"skip"` reports and leaves out frames without a mask, `"raise"` refuses them.
+        task, resolution (`str`, *optional*): See [`load_davis`].
 
     Returns:
         `list[FrameEntry]` in time order.
@@ -65,13 +95,13 @@ def list_davis(root: str | Path, sequences: Sequence[str], on_error: str = "skip
         ValueError: If a sequence does not exist, or a mask is missing and `on_error` is `"raise"`.
     """
     root = Path(root)
-    images, masks = _subfolder(root, "JPEGImages"), _subfolder(root, "Annotations")
+    images = _part_folder(root, "JPEGImages", resolution)
+    masks = _part_folder(root, _annotation_part(root, task), resolution)
     entries = []
     for name in sequences:
         if not (images / name).is_dir() or not (masks / name).is_dir():
             raise ValueError(f"Sequence {name!r} must have a folder in {images} and in {masks}; one is missing.")
-        frames = sorted(path for path in (images / name).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-        pairs = [(path, masks / name / f"{path.stem}.png") for path in frames]
+        pairs = [(path, masks / name / f"{path.stem}.png") for path in image_files(images / name)]
         report_missing(str(images / name), [path.name for path, mask in pairs if not mask.is_file()], on_error)
         entries += [FrameEntry(name, path, mask) for path, mask in pairs if mask.is_file()]
     return entries
@@ -88,34 +118,73 @@ def load_davis(
     cache_dir: str | Path | None = None,
     on_error: str = "skip",
     show_progress_bar: bool = True,
+    task: str | None = None,
+    resolution: str | None = None,
 ) -> FrameStore:
     """
     Opens a DAVIS-layout folder as a [`FrameStore`], decoding it at first use.
 
     Args:
-        root (`str` or `Path`): A DAVIS-layout folder.
+        root (`str` or `Path`): A DAVIS-layout folder, such as DAVIS-2016 or DAVIS-2017 (any of its archives).
         short_side (`int`): Largest short side of stored frames, in pixels.
         merge (`bool`, *optional*): Whether all mask values above 0 are one object (DAVIS-2016, where 255 or 1 is the
-            object). Default: yes for a folder that lists 2016 and not 2017 in `ImageSets`.
-        split, year: See [`davis_sequences`].
+            object). Default: yes for a folder that lists 2016 and not 2017 in `ImageSets`, and for one without lists
+            whose masks hold nothing but 0 and 255.
+        split, year: See [`davis_sequences`]. Default the training list: published folders hold the validation
+            sequences too. Every sequence where there is no such list.
         sequences (sequence of `str`, *optional*): Which sequences; default those of `split`.
         exclude (sequence of `str`): Sequences to leave out.
         cache_dir, on_error, show_progress_bar: See [`FrameStore.build`].
+        task (`str`, *optional*): `"semi-supervised"` (`Annotations`) or `"unsupervised"`
+            (`Annotations_unsupervised`); default the first that there is.
+        resolution (`str`, *optional*): The folder of `JPEGImages` and `Annotations` to take; default the first there
+            is of 480p, Full-Resolution and 1080p.
 
     Raises:
         ValueError: If the folder, split or a sequence is missing, or nothing is left.
     """
     root = Path(root)
-    names = list(sequences) if sequences is not None else davis_sequences(root, split, year)
+    names = list(sequences) if sequences is not None else _default_sequences(root, split, year, task)
     names = [name for name in names if name not in set(exclude)]
-    if merge is None:
-        merge = (root / "ImageSets" / "2016").is_dir() and not (root / "ImageSets" / "2017").is_dir()
+    entries = list_davis(root, names, on_error, task, resolution)
     return FrameStore.build(
         root.name,
-        list_davis(root, names, on_error),
+        entries,
         short_side,
-        merge=merge,
+        merge=_is_one_object(root, entries) if merge is None else merge,
         cache_dir=cache_dir,
         on_error=on_error,
         show_progress_bar=show_progress_bar,
     )
+
+
+def _default_sequences(root: Path, split: str | None, year: int | None, task: str | None) -> list[str]:
+    """The sequences of a split, or those of the training list, or all."""
+    if split is not None:
+        return davis_sequences(root, split, year, task)
+    present = davis_sequences(root, task=task)
+    for candidate in [year] if year else [2017, 2016]:
+        listed = read_split(root, candidate, "train")
+        if listed is not None:
+            others = sorted(set(present) - set(listed))
+            if others:
+                logger.info(f"{root}: {len(others)} sequences are not of the training list and are left out.")
+            return [name for name in present if name in set(listed)]
+    return present
+
+
+def _is_one_object(root: Path, entries: list[FrameEntry]) -> bool:
+    """Whether every mask value above 0 is the one object of its sequence."""
+    sets = root / "ImageSets"
+    if (sets / "2017").is_dir():
+        return False
+    if any((sets / name).is_dir() for name in ("2016", *RESOLUTIONS)):
+        return True
+    firsts = {entry.sequence: entry.mask for entry in reversed(entries)}
+    masks = []
+    for path in list(firsts.values())[:8]:
+        try:
+            masks.append(read_mask(path, merge=False))
+        except READ_ERRORS:
+            continue  # reported when the set is decoded
+    return uses_255(masks)

@@ -1,16 +1,40 @@
-"""Sets of still images with masks: DIR/<set>/{images,masks}/<name>.{jpg,png,webp}."""
+"""Sets of still images with masks, in a folder of images and a folder of masks with the same names."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
+from .folders import IMAGE_SUFFIXES
+from .store import READ_ERRORS, FrameEntry, FrameStore, read_mask, report_missing, uses_255
 
-from .store import READ_ERRORS, VOID, FrameEntry, FrameStore, read_mask, report_missing
+
+LAYOUTS = (
+    ("images", "masks"),
+    ("images", "ground_truth_mask"),  # ECSSD
+    ("DUTS-TR-Image", "DUTS-TR-Mask"),
+    ("DUTS-TE-Image", "DUTS-TE-Mask"),
+    ("imgs", "gt"),  # HKU-IS
+    ("DUT-OMRON-image", "pixelwiseGT-new-PNG"),
+    ("Imgs", "Imgs"),  # MSRA10K: each JPEG has its PNG beside it
+    ("PNGImages", "PedMasks"),  # Penn-Fudan
+    ("JPEGImages", "SegmentationObject"),  # Pascal VOC
+    ("images", "annotations"),  # PNG ids of COCO and ADE20K, in subfolders train2017, val2017 ...
+)
+"""Folders of images and of masks, as published; the first pair that a set has is taken."""
 
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+def find_layout(folder: str | Path) -> tuple[Path, Path] | None:
+    """The folders of images and masks of a set, `None` if it has no known pair."""
+    pairs = ((Path(folder) / images, Path(folder) / masks) for images, masks in LAYOUTS)
+    return next((pair for pair in pairs if pair[0].is_dir() and pair[1].is_dir()), None)
+
+
+def _files(folder: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
+    """Names relative to the folder, without suffix, and paths of the images in it and below it, sorted."""
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in suffixes and path.name[0] != ".":
+            yield path.relative_to(folder).with_suffix("").as_posix(), path
 
 
 def list_static_set(folder: str | Path, on_error: str = "skip") -> list[FrameEntry]:
@@ -18,28 +42,36 @@ def list_static_set(folder: str | Path, on_error: str = "skip") -> list[FrameEnt
     Pairs the images of one set with their masks by name.
 
     Args:
-        folder (`str` or `Path`): Holds `images/` and `masks/`.
+        folder (`str` or `Path`): Holds `images/` and `masks/`, or another pair of `LAYOUTS`. Both may have the same
+            subfolders. A mask is named like its image, or ends in `_mask` (Penn-Fudan).
         on_error (`str`): `"skip"` reports and leaves out images without a mask, `"raise"` refuses them.
 
     Returns:
         `list[FrameEntry]`, sorted by name; every image is a sequence of its own.
 
     Raises:
-        ValueError: If one of the two folders is missing, or a mask is and `on_error` is `"raise"`.
+        ValueError: If the folders are missing, or a mask is and `on_error` is `"raise"`.
     """
     folder = Path(folder)
-    for part in ("images", "masks"):
-        if not (folder / part).is_dir():
-            raise ValueError(f"An image set needs the folders images/ and masks/; {folder / part} does not exist.")
-    masks = {path.stem: path for path in (folder / "masks").iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
+    layout = find_layout(folder)
+    if layout is None:
+        known = ", ".join("/ + ".join(pair) + "/" for pair in LAYOUTS[1:])
+        part = next((part for part in ("images", "masks") if not (folder / part).is_dir()), "masks")
+        raise ValueError(
+            f"An image set needs the folders images/ and masks/; {folder / part} does not exist. The folders of these "
+            f"published sets are taken too: {known}."
+        )
+    images, masks = layout
+    # Photographs are JPEG where both are in one folder.
+    beside = images == masks
+    found = dict(_files(masks, (".png",) if beside else IMAGE_SUFFIXES))
     entries, missing = [], []
-    for path in sorted((folder / "images").iterdir()):
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
-            continue
-        if path.stem in masks:
-            entries.append(FrameEntry(path.stem, path, masks[path.stem]))
+    for name, path in _files(images, (".jpg", ".jpeg") if beside else IMAGE_SUFFIXES):
+        mask = found.get(name, found.get(f"{name}_mask"))
+        if mask is not None:
+            entries.append(FrameEntry(name, path, mask))
         else:
-            missing.append(path.name)
+            missing.append(path.relative_to(images).as_posix())
     report_missing(str(folder), missing, on_error)
     return entries
 
@@ -57,7 +89,7 @@ def load_static_sets(
     Opens every image set below a folder, decoding it at first use.
 
     Args:
-        root (`str` or `Path`): Holds one folder a set, or is itself a set.
+        root (`str` or `Path`): Holds one folder a set, or is itself a set; see [`list_static_set`] for their form.
         short_side (`int`): Largest short side of stored images, in pixels.
         merged_sets (sequence of `str`): Sets whose ids (garments, 0/255) are all one object.
         sets (sequence of `str`, *optional*): Which sets to open; default all.
@@ -67,36 +99,42 @@ def load_static_sets(
         ValueError: If there is no set or a named one is missing.
     """
     root = Path(root)
-    folders = [root] if (root / "images").is_dir() else sorted(p for p in root.glob("*") if (p / "images").is_dir())
+    folders = [root] if _is_set(root) else sorted(path for path in root.glob("*") if _is_set(path))
     if sets is not None:
         unknown = sorted(set(sets) - {folder.name for folder in folders})
         if unknown:
             raise ValueError(f"{root} has no image set {unknown}; got {sorted(folder.name for folder in folders)}.")
         folders = [folder for folder in folders if folder.name in sets]
     if not folders:
-        raise ValueError(f"No image set (a folder with images/ and masks/) below {root}.")
-    return [
-        FrameStore.build(
-            folder.name,
-            list_static_set(folder, on_error),
-            short_side,
-            merge=folder.name in merged_sets or _is_binary_255(folder),
-            cache_dir=cache_dir,
-            on_error=on_error,
-            show_progress_bar=show_progress_bar,
+        raise ValueError(f"No image set (a folder with images/ and masks/, or as published) below {root}.")
+    stores = []
+    for folder in folders:
+        entries = list_static_set(folder, on_error)
+        stores.append(
+            FrameStore.build(
+                folder.name,
+                entries,
+                short_side,
+                merge=folder.name in merged_sets or _mask_rule(entries),
+                cache_dir=cache_dir,
+                on_error=on_error,
+                show_progress_bar=show_progress_bar,
+            )
         )
-        for folder in folders
-    ]
+    return stores
 
 
-def _is_binary_255(folder: Path) -> bool:
-    """Whether a set's first masks use 255 for the object: nothing but 0 and 255, or anti-aliased grays up to 255."""
-    ids: set[int] = set()
-    for path in sorted((folder / "masks").iterdir())[:8]:
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            try:
-                ids.update(np.unique(read_mask(path, merge=False)).tolist())
-            except READ_ERRORS:
-                continue  # reported when the set is decoded
-    ids.discard(0)
-    return VOID in ids and (len(ids) == 1 or len(ids) > 64)
+def _is_set(folder: Path) -> bool:
+    """Whether a folder is a set, also one whose masks are missing, which is an error later."""
+    return (folder / "images").is_dir() or find_layout(folder) is not None
+
+
+def _mask_rule(entries: list[FrameEntry]) -> bool | str:
+    """How to read a set's masks, going by the first: 255 is the object, by degrees, or void beside ids."""
+    masks = []
+    for entry in entries[:8]:
+        try:
+            masks.append(read_mask(entry.mask, merge=False))
+        except READ_ERRORS:
+            continue  # reported when the set is decoded
+    return "grays" if uses_255(masks) else False

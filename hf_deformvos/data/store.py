@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -27,6 +28,35 @@ _CACHE_FORMAT = 2
 READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
+class Frame(Protocol):
+    """
+    What a store is built from: one frame with its mask, not decoded yet.
+
+    Both `read_` methods run in worker threads, and raise one of `READ_ERRORS` where a frame is broken.
+
+    Attributes:
+        sequence (`str`): The sequence that it belongs to.
+        name (`str`): Its name in the sequence.
+        label (`str`): What messages call it.
+    """
+
+    sequence: str
+
+    @property
+    def name(self) -> str:
+        """Its name in the sequence."""
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+
+    def read_image(self) -> Image.Image:
+        """The picture, RGB, at its own size."""
+
+    def read_mask(self, merge: bool | str) -> np.ndarray:
+        """The mask as [`read_mask`] returns it."""
+
+
 @dataclass(frozen=True)
 class FrameEntry:
     """One frame on disk: which sequence it belongs to, its image and its mask."""
@@ -34,6 +64,25 @@ class FrameEntry:
     sequence: str
     image: Path
     mask: Path
+
+    @property
+    def name(self) -> str:
+        """The image file's name without its suffix."""
+        return self.image.stem
+
+    @property
+    def label(self) -> str:
+        """Both files."""
+        return f"{self.image} with {self.mask}"
+
+    def read_image(self) -> Image.Image:
+        """The picture, RGB, at its own size."""
+        with Image.open(self.image) as handle:
+            return handle.convert("RGB")
+
+    def read_mask(self, merge: bool | str) -> np.ndarray:
+        """See [`read_mask`]."""
+        return read_mask(self.mask, merge)
 
 
 @dataclass(frozen=True)
@@ -50,25 +99,26 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("DEFORMVOS_CACHE", Path.home() / ".cache" / "deformvos"))
 
 
-def report_missing(folder: str, names: list[str], on_error: str) -> None:
-    """Warns of images that have no mask, or raises, naming them."""
+def report_missing(folder: str, names: list[str], on_error: str, what: str = "images have no mask") -> None:
+    """Warns of frames that lack a file, or raises, naming them."""
     if not names:
         return
     listed = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
-    message = f"{folder}: {len(names)} images have no mask: {listed}"
+    message = f"{folder}: {len(names)} {what}: {listed}"
     if on_error == "raise":
-        raise ValueError(f"{message}; add the masks, or let such images be skipped.")
+        raise ValueError(f"{message}; add the files, or let such images be skipped.")
     logger.warning(f"{message}; they are left out.")
 
 
-def read_mask(path: Path, merge: bool) -> np.ndarray:
+def read_mask(path: Path, merge: bool | str) -> np.ndarray:
     """
     Reads a mask file as ids.
 
     Args:
         path (`Path`): A palette, grayscale, boolean or RGB image. RGB files must hold gray values.
-        merge (`bool`): Whether every value above 0 (1, 255 or an instance id) is one and the same object. Otherwise
-            values are ids and 255 is void.
+        merge (`bool` or `str`): Whether every value above 0 (1, 255 or an instance id) is one and the same object.
+            Otherwise values are ids and 255 is void. `"grays"`: values up to 255 say how much of a pixel the one
+            object covers, and half is enough.
 
     Returns:
         `np.ndarray` of shape `(height, width)`, uint8.
@@ -77,24 +127,39 @@ def read_mask(path: Path, merge: bool) -> np.ndarray:
         ValueError: If the file holds colours that are neither palette entries nor grays, and `merge` is false.
     """
     with Image.open(path) as image:
-        if image.mode in ("P", "L", "1"):
-            mask = np.asarray(image)
-        elif not image.mode.startswith("RGB"):
-            mask = np.asarray(image.convert("L"))
-        else:
-            channels = np.asarray(image.convert("RGB"))
-            mask = channels.max(-1)
-            if not merge and (channels.min(-1) != mask).any():
-                raise ValueError(f"{path} must hold ids as palette entries or grays, got colours.")
+        return mask_ids(image, merge, str(path))
+
+
+def mask_ids(image: Image.Image, merge: bool | str, label: str) -> np.ndarray:
+    """The ids of an opened mask, see [`read_mask`]; `label` names it in errors."""
+    if image.mode in ("P", "L", "1"):
+        mask = np.asarray(image)
+    elif not image.mode.startswith("RGB"):
+        mask = np.asarray(image.convert("L"))
+    else:
+        channels = np.asarray(image.convert("RGB"))
+        mask = channels.max(-1)
+        if not merge and (channels.min(-1) != mask).any():
+            raise ValueError(f"{label} must hold ids as palette entries or grays, got colours.")
+    if not merge:
+        return np.ascontiguousarray(mask, dtype=np.uint8)
     # Files hold 0/1 as often as 0/255: a threshold at 127 would turn the former into empty masks.
-    return (mask > 0).astype(np.uint8) if merge else np.ascontiguousarray(mask, dtype=np.uint8)
+    threshold = 127 if merge == "grays" and mask.max() > 1 else 0
+    return (mask > threshold).astype(np.uint8)
 
 
-def _read_entry(entry: FrameEntry, short_side: int, merge: bool, upscale: bool) -> tuple[np.ndarray, np.ndarray]:
+def uses_255(masks: Iterable[np.ndarray]) -> bool:
+    """Whether 255 is the object of some masks: nothing but 0 and 255, or anti-aliased grays up to 255."""
+    ids: set[int] = set()
+    for mask in masks:
+        ids.update(np.unique(mask).tolist())
+    ids.discard(0)
+    return VOID in ids and (len(ids) == 1 or len(ids) > 64)
+
+
+def _read_entry(entry: Frame, short_side: int, merge: bool | str, upscale: bool) -> tuple[np.ndarray, np.ndarray]:
     """Decodes and resizes one frame and its mask."""
-    with Image.open(entry.image) as handle:
-        image = handle.convert("RGB")
-    mask = read_mask(entry.mask, merge)
+    image, mask = entry.read_image(), entry.read_mask(merge)
     scale = short_side / min(image.size)
     if scale < 1 or (upscale and scale > 1):
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.LANCZOS)
@@ -159,42 +224,47 @@ class FrameStore:
     def build(
         cls,
         name: str,
-        entries: Iterable[FrameEntry],
+        entries: Iterable[Frame],
         short_side: int,
-        merge: bool,
+        merge: bool | str,
         cache_dir: str | Path | None = None,
         upscale: bool = False,
         on_error: str = "skip",
         show_progress_bar: bool = True,
+        fingerprint: str | None = None,
     ) -> FrameStore:
         """
         Decodes frames into a new store, or opens the one that an earlier call left in the cache.
 
         Args:
             name (`str`): Name of the data set, used in messages and in the cache folder's name.
-            entries (iterable of [`FrameEntry`]): Frames; those of a sequence follow one another in time order.
+            entries (iterable of [`Frame`]): Frames; those of a sequence follow one another in time order. Without
+                `fingerprint` they are [`FrameEntry`], whose files tell whether a store of them is in the cache.
             short_side (`int`): Short side of stored frames in pixels; smaller frames stay as they are.
-            merge (`bool`): Whether all mask values above 0 are one object.
+            merge (`bool` or `str`): Whether all mask values above 0 are one object, see [`read_mask`].
             cache_dir (`str` or `Path`, *optional*): Where stores live; default [`default_cache_dir`].
             upscale (`bool`): Whether frames smaller than `short_side` are enlarged.
             on_error (`str`): `"skip"` reports and leaves out files that cannot be read, `"raise"` refuses them.
             show_progress_bar (`bool`): Whether decoding shows a bar.
+            fingerprint (`str`, *optional*): Text that changes whenever the frames do. `entries` may then be a
+                generator: it is run only if the store is not in the cache, and read no further ahead than decoding
+                needs, so a set passes through memory frame by frame.
 
         Raises:
             ValueError: If there are no readable frames, `on_error` is unknown, or a file is broken and `on_error` is
                 `"raise"`.
         """
-        entries = list(entries)
         if on_error not in ("skip", "raise"):
             raise ValueError(f'`on_error` must be "skip" or "raise", got {on_error!r}.')
-        if not entries:
-            raise ValueError(f"Data set {name!r} has no frame with a mask; check its folder.")
+        if fingerprint is None:
+            entries = list(entries)
+            if not entries:
+                raise ValueError(f"Data set {name!r} has no frame with a mask; check its folder.")
         parent = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-        folder = parent / f"{name}-{short_side}-{_fingerprint(entries, short_side, merge, upscale)}"
+        folder = parent / f"{name}-{short_side}-{_fingerprint(entries, short_side, merge, upscale, fingerprint)}"
         if (folder / "meta.json").is_file():
             store = cls(folder)
-            if store.skipped:
-                _report_unreadable(f"Data set {name!r}: cannot read {'; '.join(store.skipped[:10])}", on_error)
+            _report_unreadable(store, on_error)
             return store
         parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=parent))
@@ -211,12 +281,19 @@ class FrameStore:
                     os.replace(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        return cls(folder)
+        store = cls(folder)
+        _report_unreadable(store, on_error)
+        return store
 
 
-def _fingerprint(entries: list[FrameEntry], short_side: int, merge: bool, upscale: bool) -> str:
+def _fingerprint(
+    entries: Iterable[FrameEntry], short_side: int, merge: bool | str, upscale: bool, given: str | None
+) -> str:
     """Hash of everything that decides a store's content."""
     digest = hashlib.sha256(json.dumps([_CACHE_FORMAT, short_side, merge, upscale]).encode())
+    if given is not None:
+        digest.update(given.encode())
+        return digest.hexdigest()[:16]
     for entry in entries:
         for path in (entry.image, entry.mask):
             status = path.stat()
@@ -224,28 +301,33 @@ def _fingerprint(entries: list[FrameEntry], short_side: int, merge: bool, upscal
     return digest.hexdigest()[:16]
 
 
-def _report_unreadable(message: str, on_error: str, cause: Exception | None = None) -> None:
-    """Warns of files that are left out, or raises."""
+def _report_unreadable(store: FrameStore, on_error: str) -> None:
+    """Warns of frames that a store lacks because they cannot be read, or refuses the store."""
+    if not store.skipped:
+        return
+    listed = "; ".join(store.skipped[:10]) + (" ..." if len(store.skipped) > 10 else "")
+    message = f"Data set {store.name!r}: cannot read {listed}"
     if on_error == "raise":
-        raise ValueError(message) from cause
-    logger.warning(f"{message}; left out.")
+        raise ValueError(message)
+    logger.warning(f"{message}; {len(store.skipped)} frames are left out, all listed in {store.folder}/meta.json.")
 
 
 def _decode(
-    entries: list[FrameEntry],
+    entries: Iterable[Frame],
     short_side: int,
-    merge: bool,
+    merge: bool | str,
     upscale: bool,
     on_error: str,
     name: str,
     show: bool,
     skipped: list[str],
-) -> Iterator[tuple[FrameEntry, np.ndarray, np.ndarray]]:
-    """Yields decoded frames in order, read ahead by a few threads; broken files are reported, and go to `skipped`."""
+) -> Iterator[tuple[Frame, np.ndarray, np.ndarray]]:
+    """Yields decoded frames in order, read ahead by a few threads; broken ones go to `skipped`, or are refused."""
     workers = min(4, os.cpu_count() or 1)
+    total = len(entries) if isinstance(entries, list) else None
     with (
         ThreadPoolExecutor(workers) as pool,
-        tqdm(total=len(entries), desc=f"decoding {name}", disable=not show) as bar,
+        tqdm(total=total, desc=f"decoding {name}", disable=not show) as bar,
     ):
         pending: deque = deque()
         upcoming = iter(entries)
@@ -258,15 +340,16 @@ def _decode(
             try:
                 image, mask = future.result()
             except READ_ERRORS as error:
-                skipped.append(f"{entry.image} with {entry.mask}: {error}")
-                _report_unreadable(f"Data set {name!r}: cannot read {skipped[-1]}", on_error, error)
+                skipped.append(f"{entry.label}: {error}")
+                if on_error == "raise":
+                    raise ValueError(f"Data set {name!r}: cannot read {skipped[-1]}") from error
             else:
                 yield entry, image, mask
             bar.update()
 
 
 def _write(
-    folder: Path, name: str, decoded: Iterator[tuple[FrameEntry, np.ndarray, np.ndarray]], skipped: list[str]
+    folder: Path, name: str, decoded: Iterator[tuple[Frame, np.ndarray, np.ndarray]], skipped: list[str]
 ) -> None:
     """Writes the flat arrays first and the description last."""
     meta: dict = {"name": name, "frames": [], "sizes": [], "objects": [], "sequences": {}}
@@ -279,10 +362,11 @@ def _write(
             if span[1] != index:
                 raise ValueError(f"Data set {name!r}: the frames of sequence {entry.sequence!r} must be neighbours.")
             span[1] = index + 1
-            meta["frames"].append(entry.image.stem)
+            meta["frames"].append(entry.name)
             meta["sizes"].append(mask.shape)
             meta["objects"].append([[item.object_id, item.area, *item.box] for item in find_objects(mask)])
     if not meta["sizes"]:
-        raise ValueError(f"Data set {name!r}: no frame could be read; {'; '.join(skipped[:3])}.")
+        reason = "; ".join(skipped[:3]) or "there is none with a mask"
+        raise ValueError(f"Data set {name!r}: no frame could be read; {reason}.")
     meta["skipped"] = skipped
     (folder / "meta.json").write_text(json.dumps(meta))

@@ -1,8 +1,6 @@
 """The folders that benchmarks come in (DAVIS, YouTube-VOS, plain folders), read as sequences of frames and objects."""
 
-import json
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +9,16 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
+from ..data.folders import IMAGE_SUFFIXES, image_files, read_split, resolution_folder, subfolder_names
+from ..data.store import VOID
+from ..data.youtube_vos import read_youtube_vos_meta
+
 
 logger = logging.get_logger(__name__)
 
 DATASETS = ("davis2016", "davis2017", "youtubevos2018", "youtubevos2019", "folder")
-VOID = 255
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 YOUTUBE_VOS_SHORT_SIDE = 624
 """1.3 × 480: some videos of YouTube-VOS are larger, and methods are compared on frames of at most this short side."""
-_RESOLUTIONS = ("480p", "Full-Resolution", "1080p")
 _YOUTUBE_VOS_FOLDERS = {"val": "valid"}
 
 
@@ -241,7 +240,7 @@ def _davis_sequences(root: Path, name: str, split: str, chosen: list[str] | None
     images, masks = _subfolder(root, "JPEGImages"), _subfolder(root, "Annotations")
     listed = _davis_split(root, name.removeprefix("davis"), split)
     if listed is None:
-        listed = _folder_names(masks)
+        listed = subfolder_names(masks)
         if chosen is None:
             logger.warning(f"{root} lists no sequences in ImageSets: all {len(listed)} with annotations are taken.")
     for sequence in _choose(chosen, listed, f"{root}, split {split!r}"):
@@ -273,7 +272,7 @@ def _davis_sequences(root: Path, name: str, split: str, chosen: list[str] | None
 def _folder_sequences(root: Path, chosen: list[str] | None, max_frames: int | None):
     """Sequences of a plain folder: whatever is annotated is scored."""
     images, masks = _subfolder(root, "JPEGImages"), _subfolder(root, "Annotations")
-    for sequence in _choose(chosen, _folder_names(masks), str(root)):
+    for sequence in _choose(chosen, subfolder_names(masks), str(root)):
         frames = _frames(images / sequence, max_frames)
         annotations = _annotations(masks / sequence, frames)
         if not annotations:
@@ -301,7 +300,7 @@ def _youtube_vos_sequences(root: Path, split: str, chosen: list[str] | None, max
     """Videos of a YouTube-VOS folder: `meta.json` tells which frames and objects there are."""
     part = _YOUTUBE_VOS_FOLDERS.get(split, split)
     base = root if (root / "meta.json").is_file() else root / part
-    videos = _read_meta(base / "meta.json")
+    videos = read_youtube_vos_meta(base / "meta.json")
     images = base / "JPEGImages"
     if all_frames:
         images = base.parent / f"{base.name}_all_frames" / "JPEGImages"
@@ -363,25 +362,8 @@ def load_seen_categories(root: str | os.PathLike) -> frozenset[str]:
     path = Path(root) / "train" / "meta.json"
     if not path.is_file():
         return YOUTUBE_VOS_SEEN_CATEGORIES
-    videos = _read_meta(path).values()
+    videos = read_youtube_vos_meta(path).values()
     return frozenset(item["category"] for video in videos for item in video["objects"].values())
-
-
-def _read_meta(path: Path) -> dict:
-    """The videos of a YouTube-VOS `meta.json`."""
-    if not path.is_file():
-        raise ValueError(f"YouTube-VOS needs {path} (it lists videos, objects and frames), which does not exist.")
-    try:
-        videos = json.loads(path.read_text(encoding="utf-8"))["videos"]
-        for video in videos.values():
-            for key, item in video["objects"].items():
-                int(key), item["frames"]
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f'{path} must be JSON of the form {{"videos": {{"<video>": {{"objects": {{"<id>": {{"category": ..., '
-            f'"frames": [...]}}}}}}}}}}, got a file without that ({type(error).__name__}: {error}).'
-        ) from error
-    return {video: item for video, item in sorted(videos.items()) if item["objects"]}
 
 
 def _subfolder(root: Path, part: str) -> Path:
@@ -389,17 +371,15 @@ def _subfolder(root: Path, part: str) -> Path:
     folder = root / part
     if not folder.is_dir():
         raise ValueError(f"The data set needs a folder {part}/ in {root}; check --root and --dataset.")
-    return next((folder / name for name in _RESOLUTIONS if (folder / name).is_dir()), folder)
+    return resolution_folder(folder)
 
 
 def _davis_split(root: Path, year: str, split: str) -> list[str] | None:
     """Sequence names of a split file, `None` where the data set has no such file."""
     sets = root / "ImageSets"
-    for path in (sets / year / f"{split}.txt", sets / f"{split}.txt", sets / "480p" / f"{split}.txt"):
-        if path.is_file():
-            lines = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-            # The lists of the first DAVIS-2016 release name files: /JPEGImages/480p/bear/00000.jpg
-            return list(dict.fromkeys(line.split("/")[-2] if "/" in line else line for line in lines))
+    listed = read_split(root, int(year), split)
+    if listed is not None:
+        return listed
     if any(sets.glob("**/*.txt")):
         known = ", ".join(sorted(str(path.relative_to(sets)) for path in sets.glob("**/*.txt")))
         raise ValueError(f"`split` must have a file {sets / year / split}.txt, got {split!r}; there is {known}.")
@@ -417,17 +397,11 @@ def _choose(chosen: list[str] | None, known: list[str], where: str) -> list[str]
     return [name for name in known if name in set(chosen)]
 
 
-def _folder_names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir())
-
-
 def _frames(folder: Path, max_frames: int | None) -> tuple[Path, ...]:
     """Image files of a sequence in order of time."""
     if not folder.is_dir():
         raise ValueError(f"The data set needs the frames of {folder.name!r} in {folder}, which does not exist.")
-    files = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".")
-    # frame9 comes before frame10, whether or not the numbers are padded.
-    frames = sorted(files, key=lambda path: [part.zfill(12) for part in re.split(r"(\d+)", path.stem)])
+    frames = image_files(folder)
     if not frames:
         raise ValueError(f"{folder} must hold image files ({', '.join(IMAGE_SUFFIXES)}); there are none.")
     return tuple(frames[:max_frames])

@@ -1,0 +1,40 @@
+"""What the folders of published data sets have in common: image files in order of time, resolutions, split lists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+RESOLUTIONS = ("480p", "Full-Resolution", "1080p")
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Image files of a folder in order of time; the hidden files that macOS leaves are no images."""
+    files = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".")
+    # frame9 comes before frame10, whether or not the numbers are padded.
+    return sorted(files, key=lambda path: [part.zfill(12) for part in re.split(r"(\d+)", path.stem)])
+
+
+def subfolder_names(folder: Path) -> list[str]:
+    """Names of the folders in a folder, sorted."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+
+
+def resolution_folder(folder: Path) -> Path:
+    """The resolution folder in a folder, the smallest where there are several; the folder itself where none is."""
+    return next((folder / name for name in RESOLUTIONS if (folder / name).is_dir()), folder)
+
+
+def read_split(root: Path, year: int, split: str) -> list[str] | None:
+    """Sequences that the lists of a DAVIS folder name for a split and year, `None` where there is no such list."""
+    sets = root / "ImageSets"
+    # The first release of DAVIS-2016 keeps its lists by resolution, copies of it in ImageSets itself.
+    for folder in (str(year), "", *RESOLUTIONS):
+        path = sets / folder / f"{split}.txt"
+        if path.is_file():
+            lines = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            # Its lines name files: /JPEGImages/480p/bear/00000.jpg /Annotations/480p/bear/00000.png
+            return list(dict.fromkeys(line.split("/")[-2] if "/" in line else line for line in lines))
+    return None

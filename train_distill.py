@@ -1,11 +1,16 @@
 #!/usr/bin/env python
-"""Trains a DeformVOS student: `accelerate launch train_distill.py [--flags | config.json | config.yaml]`."""
+"""
+Trains a DeformVOS student: `accelerate launch train_distill.py [config.json | config.yaml] [--flags]`.
+
+Without any argument, it distils the bundled teacher into a small student on the example clip, in a few minutes.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,19 +18,34 @@ import yaml
 from accelerate.utils import set_seed
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModel, HfArgumentParser
+from transformers import HfArgumentParser
 
 import hf_deformvos
-from hf_deformvos.data import (
-    HELD_OUT_SEQUENCES,
-    ClipSampler,
-    FrameStore,
-    davis_sequences,
-    load_davis,
-    load_static_sets,
-)
-from hf_deformvos.training import HeldOutEvaluation, SegmentationTask, Trainer, TrainingConfig
+from hf_deformvos.training import Trainer, TrainingConfig
+from hf_deformvos.training.config import PATH_SETTINGS
+from hf_deformvos.training.models import build_student, build_task, build_teacher
+from hf_deformvos.training.sources import open_data, open_evaluation, split_mask_rule
 from hf_deformvos.training.trainer import make_accelerator
+
+
+ROOT = Path(__file__).resolve().parent
+QUICK_START = ROOT / "recipes" / "quickstart.json"
+
+DONE = """
+Done in {minutes:.1f} minutes: {steps} steps on {clips} clips cut from the example clip, distilled from {teacher}.
+  loss                        {first_loss:.3f} -> {last_loss:.3f}
+  J against the teacher's     {first_j:.3f} -> {last_j:.3f}   (on the clip that it trained on: it learned this video)
+  student                     {folder}
+  pictures                    {folder}/overlays (above the student, below the teacher)
+
+Next:
+  look at it     deformvos segment {examples}/bunny.mp4 --mask {examples}/bunny_mask.png --model {folder} \\
+                     --output {folder}/masks --overlay {folder}/overlay.mp4
+  your videos    accelerate launch {script} {recipe} --video_dirs FOLDER --output_dir outputs/mine
+                     (beside NAME.mp4, NAME_mask.png with the objects of its first frame; without it they are proposed)
+  in earnest     accelerate launch {script} {recipes}/distill_cpu.json --teacher {teacher} \\
+                     --davis_dirs DAVIS --static_dirs STATIC --output_dir outputs/student      (docs/TRAINING.md)
+"""
 
 
 class _Parser(HfArgumentParser):
@@ -36,8 +56,23 @@ class _Parser(HfArgumentParser):
         raise ValueError(f"{message}; see --help")
 
 
+def locate(name: str, folder: Path) -> str:
+    """
+    Where a path that a settings file names is: below the current folder, the file's own, or the one above that.
+
+    What is in none of them is returned as it is: it may be a Hub repository, or the mistake that its reader reports.
+    """
+    path, _ = split_mask_rule(name)
+    if path in ("", "none") or path.startswith("[") or Path(path).exists():
+        return name
+    for base in (folder, folder.parent):
+        if (base / path).exists():
+            return str(base / path) + name[len(path) :]
+    return name
+
+
 def read_settings(path: str) -> dict:
-    """Settings from a JSON or YAML file."""
+    """Settings from a JSON or YAML file, relative paths resolved."""
     text = Path(path).read_text()
     try:
         values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
@@ -49,6 +84,13 @@ def read_settings(path: str) -> dict:
     unknown = sorted(str(name) for name in values.keys() - known)
     if unknown:
         raise ValueError(f"{path} has unknown settings {unknown}; --help lists all that there are.")
+    folder = Path(path).resolve().parent
+    for name in PATH_SETTINGS:
+        value = values.get(name)
+        if isinstance(value, str):
+            values[name] = locate(value, folder)
+        elif isinstance(value, list):
+            values[name] = [locate(item, folder) if isinstance(item, str) else item for item in value]
     return values
 
 
@@ -69,92 +111,69 @@ def parse(arguments: list[str]) -> TrainingConfig:
     return config
 
 
-def split_mask_rule(folder: str) -> tuple[str, bool | None]:
-    """Splits `DIR:merge` or `DIR:ids` into the folder and whether all mask values are one object."""
-    for suffix, merge in ((":merge", True), (":ids", False)):
-        if folder.endswith(suffix):
-            return folder[: -len(suffix)], merge
-    return folder, None
+def build(config: TrainingConfig) -> Trainer:
+    """Opens models and data and puts the trainer together."""
+    teacher = build_teacher(config)
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    accelerator = make_accelerator(config)
+    label = None if teacher is None else lambda folder: teacher.label(folder, config, accelerator.device)
+    with accelerator.main_process_first():
+        data = open_data(config, label)
+        evaluate = open_evaluation(config, data)
+    set_seed(config.seed)
+    task = build_task(config, build_student(config), teacher)
+    processor = hf_deformvos.DeformVosProcessor(hf_deformvos.DeformVosImageProcessor())
+    return Trainer(config, task, data.sampler(config.seed), processor, evaluate, accelerator)
 
 
-def build_sampler(config: TrainingConfig) -> ClipSampler:
-    """Opens the training data."""
-    shared = {"cache_dir": config.cache_dir, "on_error": config.on_data_error}
-    videos = []
-    for folder in config.davis_dirs:
-        root, merge = split_mask_rule(folder)
-        videos.append(load_davis(root, config.video_short_side, merge, **shared))
-    statics: list[FrameStore] = []
-    for root in config.static_dirs:
-        statics += load_static_sets(root, config.static_short_side, config.merged_sets, **shared)
-    if not videos and not statics:
-        raise ValueError("There is nothing to train on: give `davis_dirs` or `static_dirs`.")
-    return ClipSampler(videos, statics, config.seed)
+def quick_start(trainer: Trainer, started: float) -> None:
+    """Trains, and says what was done and what to do next."""
+    is_main = trainer.accelerator.is_main_process
+    before = trainer.evaluate(trainer.student, trainer.accelerator.device) if is_main else {}
+    results = trainer.train()
+    if not is_main:
+        return
+    losses = [line["loss"] for line in trainer.log.lines() if "loss" in line]
+    config = trainer.config
+    text = DONE.format(
+        minutes=(time.perf_counter() - started) / 60,
+        steps=results["steps"],
+        clips=results["clips"],
+        teacher=short(config.teacher),
+        first_loss=losses[0],
+        last_loss=losses[-1],
+        first_j=before["eval_j"],
+        last_j=results["eval_j"],
+        folder=config.output_dir,
+        examples=short(ROOT / "examples"),
+        script=short(ROOT / "train_distill.py"),
+        recipe=short(QUICK_START),
+        recipes=short(QUICK_START.parent),
+    )
+    print(text, flush=True)
 
 
-def build_student(config: TrainingConfig):
-    """A fresh or saved student in float32, the frozen part of its backbone frozen."""
-    if config.student == "none" or config.student.endswith(".json"):
-        fresh = config.student == "none"
-        settings = (
-            hf_deformvos.DeformVosConfig() if fresh else hf_deformvos.DeformVosConfig.from_json_file(config.student)
-        )
-        student = hf_deformvos.DeformVosModel(settings)
-        if config.init_backbone:
-            student.load_backbone(config.init_backbone)
-        student.backbone.freeze_pretrained()
-        return student
-    if config.init_backbone:
-        raise ValueError(f"`init_backbone` is for a fresh student; {config.student!r} brings its own backbone.")
-    student = AutoModel.from_pretrained(config.student, dtype="float32")
-    student.backbone.freeze_pretrained()
-    return student
-
-
-def build_evaluation(config: TrainingConfig) -> HeldOutEvaluation | None:
-    """The score on held-out sequences, where it is asked for."""
-    if not config.eval_steps:
-        return None
-    folder = config.eval_dir or next(iter(config.davis_dirs), None)
-    if folder is None:
-        raise ValueError(
-            "`eval_steps` needs `eval_dir` or `davis_dirs`, a DAVIS-layout folder with held-out sequences."
-        )
-    root, merge = split_mask_rule(folder)
-    names = [name for name in davis_sequences(root) if name in HELD_OUT_SEQUENCES]
-    if not names:
-        held_out = ", ".join(HELD_OUT_SEQUENCES)
-        raise ValueError(f"{root} has none of the held-out sequences {held_out}; give `eval_dir`.")
-    shared = {"cache_dir": config.cache_dir, "on_error": config.on_data_error}
-    store = load_davis(root, config.video_short_side, merge, sequences=names, exclude=(), **shared)
-    return HeldOutEvaluation(store, mixed_precision=config.mixed_precision)
+def short(path: str | Path) -> str:
+    """A path as one would type it from here."""
+    path = Path(path)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parses, builds, trains; users' mistakes end with one line and exit code 2."""
+    started = time.perf_counter()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     for noisy in ("httpx", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        config = parse(sys.argv[1:] if arguments is None else arguments)
-        if config.supervision != "labels" or config.teacher:
-            raise ValueError(
-                f"`supervision` {config.supervision!r} with teacher {config.teacher!r}: training from a teacher needs "
-                "a trained teacher and a distillation task; only supervision labels without a teacher is there so far."
-            )
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-        accelerator = make_accelerator(config)
-        with accelerator.main_process_first():
-            sampler, evaluate = build_sampler(config), build_evaluation(config)
-        set_seed(config.seed)
-        task = SegmentationTask(
-            build_student(config),
-            ce_weight=config.ce_weight,
-            jaccard_weight=config.jaccard_weight,
-            memory_interval=config.memory_interval,
-        )
-        processor = hf_deformvos.DeformVosProcessor(hf_deformvos.DeformVosImageProcessor())
-        Trainer(config, task, sampler, processor, evaluate, accelerator).train()
+        is_quick_start = not arguments or Path(arguments[0]).resolve() == QUICK_START
+        config = parse(arguments or [str(QUICK_START)])
+        trainer = build(config)
+        if is_quick_start and trainer.evaluate is not None:
+            quick_start(trainer, started)
+        else:
+            trainer.train()
     except (ValueError, OSError, SafetensorError, StrictDataclassError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

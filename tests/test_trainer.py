@@ -31,7 +31,7 @@ from hf_deformvos.data import AugmentConfig, ClipSampler, RawBatch, load_static_
 from hf_deformvos.training import SegmentationTask, Trainer, TrainingConfig
 from hf_deformvos.training.checkpoint import find_checkpoint, list_checkpoints, write_checkpoint
 from hf_deformvos.training.ema import WeightAverage
-from hf_deformvos.training.trainer import learning_rate_factor, parameter_groups
+from hf_deformvos.training.optimization import learning_rate_factor, parameter_groups
 
 
 STAGE = {"until": 1.0, "size": [33, 49], "frames": 2, "batch": 2}
@@ -516,12 +516,18 @@ def test_files_are_settings_and_flags_override_them(tmp_path):
 
 
 MISTAKES = {
-    "no data": ([], "give `davis_dirs` or `static_dirs`"),
+    "no data": ([], "There is nothing to train on: give `davis_dirs`"),
     "no such data": (["--static_dirs", "{tmp}/none"], "No image set"),
     "no limit": (["--static_dirs", "{tmp}/sets"], "`max_train_steps` or `max_train_minutes`, got neither"),
-    "pseudo": (["--supervision", "pseudo"], "`supervision` 'pseudo' with teacher None"),
+    "pseudo": (["--supervision", "pseudo"], "`supervision` 'pseudo' needs a teacher"),
     "unknown supervision": (["--supervision", "none"], "must be labels, pseudo or both, got 'none'"),
-    "teacher": (["--teacher", "some/model"], "teacher 'some/model'"),
+    "teacher": (["--teacher", "some/model"], "a Hub repository that can be reached, got 'some/model'"),
+    "teacher without weights": (["--teacher", "{tmp}/davis"], "it has no *.safetensors"),
+    "videos without a teacher": (["--video_dirs", "{tmp}/davis"], "`video_dirs` needs `teacher`"),
+    "freeze nothing": (
+        ["--static_dirs", "{tmp}/sets", "--max_train_steps", "1", "--freeze", "bakbone."],
+        "`freeze` must hold prefixes of parameter names (backbone., ",
+    ),
     "stages are no JSON": (["--stages", "[{"], "`stages` must be a JSON list"),
     "stages are no list": (["--stages", "{tmp}/map.json"], "`stages` must be a JSON list or a path to one"),
     "stages are numbers": (["--stages", "[5]"], "A stage must be an object"),

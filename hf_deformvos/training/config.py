@@ -109,7 +109,25 @@ DEFAULT_STAGES = (
 )
 
 
+PATH_SETTINGS = (
+    "student",
+    "init_backbone",
+    "init_from",
+    "teacher",
+    "davis_dirs",
+    "youtube_vos_dirs",
+    "dataset_names",
+    "static_dirs",
+    "video_dirs",
+    "stages",
+    "eval_dir",
+)
+"""Settings that may name files or folders to read."""
+
+DISTILLATION_WEIGHTS = ("att_weight", "intra_weight", "inter_weight", "kl_weight", "representation_weight")
+
 _SHARES = (
+    "freeze_until",
     "video_share",
     "own_masks_start",
     "own_masks_end",
@@ -121,9 +139,10 @@ _SHARES = (
     "bootstrap_warm_up",
     "warm_up",
 )
-_POSITIVE = ("bootstrap_share", "learning_rate", "max_grad_norm", "max_train_minutes")
+_POSITIVE = ("bootstrap_share", "learning_rate", "max_grad_norm", "max_train_minutes", "temperature")
 _LOWEST = {
     0: (
+        *DISTILLATION_WEIGHTS,
         "backbone_lr_scale",
         "ce_weight",
         "checkpointing_steps",
@@ -143,6 +162,7 @@ _LOWEST = {
         "logging_steps",
         "max_gap",
         "max_objects",
+        "max_proposals",
         "max_train_steps",
         "memory_interval",
         "static_short_side",
@@ -165,16 +185,39 @@ class TrainingConfig:
         "none", "Model folder or Hub repository, a config .json for a fresh model, or none (defaults)."
     )
     init_backbone: str | None = _help(None, "Safetensors file with pretrained backbone weights for a fresh student.")
-    supervision: str = _help("labels", "What the student learns from: labels, pseudo (a teacher's masks) or both.")
+    init_from: str | None = _help(
+        None, "Model folder or Hub repository whose weights a fresh student takes over wherever names and shapes fit."
+    )
+    supervision: str = _help(
+        "labels",
+        "Whose masks the supervised losses follow: labels, pseudo (the teacher's from the first frame on) or both.",
+    )
     teacher: str | None = _help(None, "Model folder or Hub repository of the teacher.")
 
     davis_dirs: list[str] = field(
         default_factory=list,
         metadata={"help": "DAVIS-layout folders to train on; append :merge or :ids to force the mask rule."},
     )
+    youtube_vos_dirs: list[str] = field(
+        default_factory=list, metadata={"help": "YouTube-VOS folders (2018 or 2019 layout); their train split."}
+    )
+    dataset_names: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Data sets with a row a frame, local or on the Hub; :merge or :ids as for davis_dirs."},
+    )
+    dataset_split: str = _help("train", "Split of those data sets.")
+    dataset_streaming: bool = _help(False, "Read those data sets as a stream instead of downloading them first.")
     static_dirs: list[str] = field(
         default_factory=list, metadata={"help": "Folders of image sets (each with images/ and masks/)."}
     )
+    video_dirs: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Folders of plain videos, on which the teacher makes the masks: from <name>_mask.png of the first "
+            "frame where that lies beside a video, else of objects that it proposes."
+        },
+    )
+    max_proposals: int = _help(1, "Most objects that the teacher proposes in a video without a mask.")
     merged_sets: list[str] = field(
         default_factory=lambda: ["ccp-clothing"],
         metadata={"help": "Image sets whose mask ids are all parts of one object."},
@@ -208,6 +251,14 @@ class TrainingConfig:
     bootstrap_share: float = _help(0.25, "Share of hardest pixels that the cross-entropy keeps after its warm-up.")
     bootstrap_warm_up: float = _help(0.3, "Progress over which that share falls from 1.")
 
+    att_weight: float = _help(1.0, "Weight, where there is a teacher, of 1 - CKA of its and the student's attention.")
+    intra_weight: float = _help(1.0, "The same of 1 - correlation of an object's probabilities over the pixels.")
+    inter_weight: float = _help(1.0, "The same of 1 - correlation of a pixel's probabilities over the objects.")
+    kl_weight: float = _help(0.0, "The same of the divergence of logits, the usual distillation.")
+    representation_weight: float = _help(0.0, "The same of MobileVOS's loss on features.")
+    temperature: float = _help(1.0, "Divisor of logits in the losses of relations and divergence.")
+    cka_unbiased: bool = _help(False, "Use the unbiased estimator of CKA.")
+
     max_train_steps: int | None = _help(None, "Optimizer steps of the whole run.")
     max_train_minutes: float | None = _help(None, "Minutes of training of the whole run, resumed parts included.")
     learning_rate: float = _help(1e-3, "Peak learning rate.")
@@ -221,6 +272,7 @@ class TrainingConfig:
     freeze: list[str] = field(
         default_factory=list, metadata={"help": "Prefixes of parameter names that are not trained."}
     )
+    freeze_until: float = _help(1.0, "Progress at which those parameters are released; 1 keeps them frozen.")
 
     gradient_accumulation_steps: int = _help(1, "Forward passes a step.")
     mixed_precision: str = _help("bf16", "no, bf16 or fp16.")
@@ -237,7 +289,9 @@ class TrainingConfig:
     with_tracking: bool = _help(False, "Write TensorBoard files below output_dir.")
     eval_steps: int = _help(0, "Steps between evaluations on held-out sequences; 0 never evaluates.")
     eval_dir: str | None = _help(
-        None, "DAVIS-layout folder with the held-out sequences; default the first davis_dirs."
+        None,
+        "DAVIS-layout folder with the held-out sequences; default the first davis_dirs. A run that has neither, but "
+        "plain videos, is scored on these, against the teacher's masks.",
     )
     push_to_hub: bool = _help(False, "Upload the trained model at the end.")
     hub_model_id: str | None = _help(None, "Repository to upload to.")

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..data.store import VOID, FrameStore
 from ..data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from ..video.overlay import draw_overlay
+
+
+# Frames of a strip, spread over the piece.
+_STRIP_FRAMES = 6
 
 
 class HeldOutEvaluation:
     """
     Mean J over short pieces of sequences, each from its first mask, on the model's own masks.
 
+    After a call, `strips` holds a picture of every sequence, `(2 * height, frames * width, 3)` uint8: above, what the
+    model predicts; below, what it is scored against.
+
     Args:
-        store ([`FrameStore`]): The sequences.
+        stores (sequence of [`FrameStore`]): The sequences.
         size (`tuple[int, int]`): Height and width that frames are resized to, of the form 16k+1.
         frames (`int`): Frames of a piece, the given one included.
         stride (`int`): Distance of a piece's frames in the video.
@@ -24,13 +35,14 @@ class HeldOutEvaluation:
 
     def __init__(
         self,
-        store: FrameStore,
+        stores: Sequence[FrameStore],
         size: tuple[int, int] = (257, 449),
         frames: int = 12,
         stride: int = 3,
         mixed_precision: str = "no",
     ):
-        self.store, self.size, self.frames, self.stride = store, size, frames, stride
+        self.stores, self.size, self.frames, self.stride = stores, size, frames, stride
+        self.strips: dict[str, np.ndarray] = {}
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
 
     @torch.no_grad()
@@ -39,23 +51,27 @@ class HeldOutEvaluation:
         was_training = model.training
         model.eval()
         scores = {}
-        for name, span in self.store.sequences.items():
-            first = next((index for index in span if self.store.objects[index]), None)
+        self.strips = {}
+        sequences = [(source, *item) for source in self.stores for item in source.sequences.items()]
+        for store, name, span in sequences:
+            first = next((index for index in span if store.objects[index]), None)
             if first is None:
                 continue
             indices = list(range(first, span.stop, self.stride))[: self.frames]
             if len(indices) > 1:
-                scores[f"eval_j/{name}"] = self._score(model, indices, device)
+                scores[f"eval_j/{name}"] = self._score(model, store, name, indices, device)
         model.train(was_training)
         return {"eval_j": sum(scores.values()) / max(1, len(scores)), **scores}
 
-    def _score(self, model: nn.Module, indices: list[int], device: torch.device) -> float:
-        """Mean J of one piece over its objects and the frames after the first."""
-        frames = torch.stack([torch.from_numpy(self.store.image(i).copy()) for i in indices]).permute(0, 3, 1, 2)
+    def _score(
+        self, model: nn.Module, store: FrameStore, name: str, indices: list[int], device: torch.device
+    ) -> float:
+        """Mean J of one piece over its objects and the frames after the first; draws the piece's strip."""
+        frames = torch.stack([torch.from_numpy(store.image(i).copy()) for i in indices]).permute(0, 3, 1, 2)
         images = F.interpolate(frames.to(device).float() / 255, size=self.size, mode="bilinear", antialias=True)
         mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1)
         std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)
-        masks = torch.stack([torch.from_numpy(self.store.mask(i).copy()) for i in indices]).to(device)
+        masks = torch.stack([torch.from_numpy(store.mask(i).copy()) for i in indices]).to(device)
         labels = F.interpolate(masks.unsqueeze(1).float(), size=self.size, mode="nearest-exact")[:, 0].long()
         numbers = [int(n) for n in labels[0].unique() if n not in (0, VOID)]
         if not numbers:
@@ -71,10 +87,23 @@ class HeldOutEvaluation:
                 teacher_forcing=0.0,
             )
         logits = F.interpolate(output.logits[0].float(), size=self.size, mode="bilinear", align_corners=True)
-        predicted = logits.argmax(1)
+        predicted = torch.tensor([0, *numbers], device=device)[logits.argmax(1)]
         values = []
-        for position, number in enumerate(numbers, start=1):
-            mine, true = (predicted == position) & (labels[1:] != VOID), labels[1:] == number
+        for number in numbers:
+            mine, true = (predicted == number) & (labels[1:] != VOID), labels[1:] == number
             union = (mine | true).sum((1, 2))
             values.append(torch.where(union > 0, (mine & true).sum((1, 2)) / union.clamp_min(1), 1.0).mean())
+        self.strips[name] = _strip(images, torch.cat([labels[:1], predicted]), labels)
         return float(torch.stack(values).mean())
+
+
+def _strip(images: torch.Tensor, predicted: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
+    """Some frames `(T, 3, H, W)` in [0, 1] side by side, at half size, with the ids `(T, H, W)` of either drawn."""
+    chosen = torch.linspace(0, len(images) - 1, min(_STRIP_FRAMES, len(images))).round().long().unique()
+    frames = (images[chosen, :, ::2, ::2] * 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    rows = []
+    for ids in (predicted, labels):
+        small = ids[chosen, ::2, ::2]
+        drawn = small.masked_fill(small == VOID, 0).byte().cpu().numpy()
+        rows.append(np.hstack([draw_overlay(*pair) for pair in zip(frames, drawn, strict=True)]))
+    return np.vstack(rows)

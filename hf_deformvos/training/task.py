@@ -9,6 +9,7 @@ from torch import nn
 
 from ..data.transforms import ClipBatch
 from .losses import bootstrapped_cross_entropy, soft_jaccard_loss, upsample_logits
+from .stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class SegmentationTask(nn.Module):
     Args:
         student (`nn.Module`): Called as `student(pixel_values, id_masks, num_objects, ...)`; returns `.logits`.
         teacher (`nn.Module`, *optional*): Kept in evaluation mode, without gradients, and out of `state_dict` and
-            `parameters`; this task does not use it, tasks derived from it do.
+            `parameters`; this task does not use it, [`DistillationTask`] does.
         ce_weight, jaccard_weight (`float`): Weights of the two losses.
         memory_interval (`int`, *optional*): Handed to the student; by default 1, 2 or 3 at random, so that the student
             meets long-term banks of every size.
@@ -64,6 +65,7 @@ class SegmentationTask(nn.Module):
         self.ce_weight, self.jaccard_weight, self.memory_interval = ce_weight, jaccard_weight, memory_interval
         # In a tuple, so that the teacher is no submodule: no optimizer, checkpoint or wrapper may see it.
         self._teacher = (teacher,)
+        self.stopwatch = Stopwatch()
         if teacher is not None:
             teacher.requires_grad_(False).eval()
 
@@ -91,19 +93,24 @@ class SegmentationTask(nn.Module):
         Returns:
             Dictionary containing scalar tensors: `loss`, the weighted sum to minimize; `loss_ce`; `loss_jaccard`.
         """
+        inputs = self.draw_inputs(batch, plan, generator)
+        with self.stopwatch.part("student"):
+            output = self.student(id_masks=batch.id_masks, **inputs)
+        return self.supervised_losses(output.logits, batch, plan)
+
+    def draw_inputs(self, batch: ClipBatch, plan: StepPlan, generator: torch.Generator) -> dict:
+        """What a model is called with, but for the masks; every task draws the same from the same generator."""
         device = batch.pixel_values.device
         slots = draw_slots(len(batch.id_masks), batch.num_objects, self.max_objects, generator)
         forced = torch.rand(batch.id_masks.shape[:2], generator=generator) >= plan.own_masks
-        output = self.student(
-            pixel_values=batch.pixel_values,
-            id_masks=batch.id_masks,
-            num_objects=batch.num_objects,
-            object_valid=batch.object_valid,
-            object_slots=slots.to(device),
-            teacher_forcing=forced.to(device),
-            memory_interval=self.memory_interval or int(torch.randint(1, 4, (), generator=generator)),
-        )
-        return self.supervised_losses(output.logits, batch, plan)
+        return {
+            "pixel_values": batch.pixel_values,
+            "num_objects": batch.num_objects,
+            "object_valid": batch.object_valid,
+            "object_slots": slots.to(device),
+            "teacher_forcing": forced.to(device),
+            "memory_interval": self.memory_interval or int(torch.randint(1, 4, (), generator=generator)),
+        }
 
     def supervised_losses(self, logits: torch.Tensor, batch: ClipBatch, plan: StepPlan) -> dict[str, torch.Tensor]:
         """Losses of the student's logits against the labels of frames 1 to T-1; keys as in `forward`."""

@@ -7,10 +7,12 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import broadcast
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -21,48 +23,19 @@ from ..data.transforms import augment_clips
 from .checkpoint import STATE_FILE, find_checkpoint, list_checkpoints, write_checkpoint
 from .config import Stage, TrainingConfig
 from .ema import WeightAverage
+from .lineage import lineage, total_clips
 from .losses import bootstrap_share
+from .optimization import FreezeSchedule, learning_rate_factor, parameter_groups
+from .runlog import RunLog
+from .stopwatch import Stopwatch
 from .task import SegmentationTask, StepPlan
 
 
 logger = logging.get_logger(__name__)
 
 _MAX_SKIPPED_STEPS = 20
-
-
-def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict]:
-    """
-    Trainable parameters by learning rate and weight decay.
-
-    Args:
-        model (`nn.Module`): Its `backbone` and parameters with `offset` in their names get own rates.
-        config ([`TrainingConfig`]): Rates, decay and frozen prefixes.
-
-    Returns:
-        `list[dict]` for an optimizer; `lr_scale` is the factor on the scheduled rate.
-    """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if any(name.startswith(prefix) for prefix in config.freeze):
-            parameter.requires_grad_(False)
-        if not parameter.requires_grad:
-            continue
-        scale = config.backbone_lr_scale if name.startswith("backbone.") else 1.0
-        scale = config.offset_lr_scale if "offset" in name else scale
-        decay = config.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((scale, decay), []).append(parameter)
-    return [
-        {"params": parameters, "lr": config.learning_rate * scale, "lr_scale": scale, "weight_decay": decay}
-        for (scale, decay), parameters in groups.items()
-    ]
-
-
-def learning_rate_factor(progress: float, step: int, warm_up: float, power: float) -> float:
-    """Share of the peak learning rate: a linear rise over `warm_up`, times polynomial decay to 0 at progress 1."""
-    rise = 1.0 if warm_up <= 0 else min(1.0, progress / warm_up)
-    # The very first steps of a run that is driven by time or has many steps would otherwise do nothing.
-    rise = max(rise, min(1.0, (step + 1) * 1e-3))
-    return rise * (1.0 - min(1.0, progress)) ** power
+# Reading data for the first time, which one process does for all, may take hours.
+_PATIENCE = timedelta(hours=12)
 
 
 def step_generator(seed: int, index: int) -> torch.Generator:
@@ -85,7 +58,8 @@ class Trainer:
         accelerator (`Accelerator`, *optional*): Default one from the configuration.
 
     Raises:
-        ValueError: If neither steps nor minutes limit the run, or supervision needs a teacher that is not there.
+        ValueError: If neither steps nor minutes limit the run, supervision needs a teacher that is not there, or
+            `config.freeze` names no parameter.
     """
 
     def __init__(
@@ -119,12 +93,18 @@ class Trainer:
         student.to(self.accelerator.device)
         if config.channels_last:
             student.to(memory_format=torch.channels_last)
-        optimizer = torch.optim.AdamW(parameter_groups(student, config), lr=config.learning_rate)
+        groups = parameter_groups(student, config)
+        self._freeze = FreezeSchedule(student, config.freeze, config.freeze_until)
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
         self.student = student
         self.average = WeightAverage(student, config.ema_decay)
         task.student, self.optimizer = self.accelerator.prepare(student, optimizer)
         if task.teacher is not None:
             task.teacher.to(self.accelerator.device)
+            if config.channels_last:
+                task.teacher.to(memory_format=torch.channels_last)
+        task.stopwatch = Stopwatch(self.accelerator.device)
+        self.log = RunLog(self.output_dir, self.accelerator, config.with_tracking)
         self.step = 0
         self.elapsed = 0.0
         self.clips = 0
@@ -178,8 +158,7 @@ class Trainer:
             )
         # Before a first step of a quick process can write a checkpoint that a slow one would take for another run's.
         self.accelerator.wait_for_everyone()
-        if config.with_tracking:
-            self.accelerator.init_trackers("deformvos", config={k: str(v) for k, v in config.to_dict().items()})
+        self.log.start(self.step, config.to_dict())
         world = self.accelerator.num_processes
         prefetcher = Prefetcher(
             self._draw,
@@ -215,6 +194,7 @@ class Trainer:
         factor = learning_rate_factor(progress, self.step, config.warm_up, config.poly_power)
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * group["lr_scale"] * factor
+        self._freeze.apply(progress)
         plan = StepPlan(
             own_masks=config.own_mask_probability(progress),
             bootstrap_share=bootstrap_share(progress, config.bootstrap_warm_up, config.bootstrap_share),
@@ -234,7 +214,8 @@ class Trainer:
             torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
             with _sync(accelerator, self.task.student, last), accelerator.autocast():
                 losses = self.task(batch, plan, generator)
-                accelerator.backward(losses["loss"] / config.gradient_accumulation_steps)
+                with self.task.stopwatch.part("backward"):
+                    accelerator.backward(losses["loss"] / config.gradient_accumulation_steps)
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0) + value.detach().float() / config.gradient_accumulation_steps
             clips += len(raw.masks) * accelerator.num_processes
@@ -290,6 +271,7 @@ class Trainer:
         shared = torch.tensor([means[name] for name in names], dtype=torch.float32, device=self.accelerator.device)
         means.update(zip(names, self.accelerator.reduce(shared, "mean").tolist(), strict=True))
         total = sum(item["time"] for item in self._history)
+        parts = self.task.stopwatch.read()
         line = {
             "step": self.step,
             "progress": round(progress, 4),
@@ -297,6 +279,7 @@ class Trainer:
             "clips_per_second": sum(item["clips"] for item in self._history) / total,
             "data_wait_share": sum(item["wait"] for item in self._history) / total,
             "augment_share": sum(item["augment"] for item in self._history) / total,
+            **{f"{name}_share": seconds / total for name, seconds in parts.items()},
             "elapsed": self.elapsed,
         }
         self._history.clear()
@@ -306,15 +289,12 @@ class Trainer:
         done = line["progress"]
         remaining = (self.elapsed - self._resumed_at) / max(done - self._resumed_progress, 1e-6)
         losses = " ".join(f"{name} {value:.4f}" for name, value in line.items() if name.startswith("loss"))
+        shares = " ".join(f"{name} {line[f'{name}_share']:.0%}" for name in ("data_wait", "augment", *parts))
         logger.info(
             f"step {self.step} ({done:.1%}) {losses} grad {line['grad_norm']:.2f} lr {line['lr']:.2e} "
-            f"{line['clips_per_second']:.2f} clips/s wait {line['data_wait_share']:.1%} "
-            f"augment {line['augment_share']:.1%} eta {remaining * (1 - done) / 60:.1f} min"
+            f"{line['clips_per_second']:.2f} clips/s [{shares}] eta {remaining * (1 - done) / 60:.1f} min"
         )
-        with open(self.output_dir / "log.jsonl", "a") as handle:
-            handle.write(json.dumps(line) + "\n")
-        if self.config.with_tracking:
-            self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=self.step)
+        self.log.write(line)
 
     def _run_evaluation(self) -> None:
         """Scores the averaged weights and keeps the best."""
@@ -329,10 +309,8 @@ class Trainer:
         self.task.train()
         score = self._evaluation.get("eval_j", -math.inf)
         logger.info(f"step {self.step} eval_j {score:.4f}")
-        with open(self.output_dir / "log.jsonl", "a") as handle:
-            handle.write(json.dumps({"step": self.step, **self._evaluation}) + "\n")
-        if self.config.with_tracking:
-            self.accelerator.log(self._evaluation, step=self.step)
+        self.log.write({"step": self.step, **self._evaluation})
+        self.log.draw(self.step, getattr(self.evaluate, "strips", {}))
         if score > self.best:
             self.best = score
             self.save_release(self.output_dir / "best")
@@ -419,6 +397,7 @@ class Trainer:
         """Saves the model and the results."""
         if self.config.eval_steps and self._evaluated_step != self.step:
             self._run_evaluation()
+        origins = lineage(self.config)
         results = {
             "steps": self.step,
             "minutes": self.elapsed / 60,
@@ -426,6 +405,8 @@ class Trainer:
             "parameters": sum(parameter.numel() for parameter in self.student.parameters()),
             **{name: value for name, value in self._last_line.items() if name not in ("step", "elapsed")},
             **self._evaluation,
+            **origins,
+            "clips_with_initialisation": total_clips(self.clips, origins.get("initialised_from")),
             "config": self.config.to_dict(),
         }
         if self.accelerator.is_main_process:
@@ -437,8 +418,7 @@ class Trainer:
             if self.config.push_to_hub:
                 self._push()
         self.accelerator.wait_for_everyone()
-        if self.config.with_tracking:
-            self.accelerator.end_training()
+        self.log.close()
         return results
 
     def _push(self) -> None:
@@ -458,15 +438,18 @@ class Trainer:
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """The accelerator of a run: precision, tracking, and data parallelism that tolerates unused parameters."""
     return Accelerator(
+        # Without it, several processes on a machine without a GPU would each take itself for the only one.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=config.mixed_precision,
         log_with="tensorboard" if config.with_tracking else None,
         project_dir=config.output_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+            InitProcessGroupKwargs(timeout=_PATIENCE),
+        ],
     )
 
 
 def _sync(accelerator: Accelerator, model: nn.Module, last: bool):
     """Gradients travel between processes only after a step's last part."""
-    from contextlib import nullcontext
-
     return nullcontext() if last else accelerator.no_sync(model)

@@ -1,0 +1,74 @@
+"""Where weights come from: the record of the run that made them, carried along by runs that start from them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+from transformers.utils import cached_file, logging
+
+from .config import PATH_SETTINGS, TrainingConfig
+
+
+logger = logging.get_logger(__name__)
+
+_FACTS = ("steps", "clips", "minutes", "supervision", "sha256")
+_PRIVATE = {*PATH_SETTINGS, "output_dir", "cache_dir", "resume_from_checkpoint", "hub_model_id"}
+
+
+def read_record(source: str) -> dict | None:
+    """What `training.json` (of a release) or `all_results.json` (of a run) beside a model says, if one is there."""
+    for name in ("training.json", "all_results.json"):
+        if Path(source).is_dir():
+            path = Path(source) / name
+        else:
+            path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        if path is None or not Path(path).is_file():
+            continue
+        try:
+            record = json.loads(Path(path).read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            logger.warning(f"Cannot read {path}, the record of the weights' training: {error}")
+            continue
+        if isinstance(record, dict):
+            return record
+    return None
+
+
+def describe_origin(source: str) -> dict:
+    """
+    The lineage of a model folder or Hub repository.
+
+    Args:
+        source (`str`): Whose weights a run starts from, or distils.
+
+    Returns:
+        `dict`: `name`; and of the run that made it, where that is recorded, steps, clips, minutes, settings without
+        paths, and its own `initialised_from` and `teacher`.
+    """
+    # A path of this machine says nothing elsewhere.
+    origin: dict = {"name": Path(source).resolve().name if Path(source).exists() else source}
+    record = read_record(source)
+    if record is None:
+        return {**origin, "note": "there is no record of its training"}
+    origin.update({name: record[name] for name in _FACTS if name in record})
+    settings = record.get("settings", record.get("config")) or {}
+    known = {item.name for item in fields(TrainingConfig)} - _PRIVATE
+    origin["settings"] = {name: value for name, value in settings.items() if name in known}
+    for name in ("initialised_from", "teacher"):
+        if isinstance(record.get(name), dict):
+            origin[name] = record[name]
+    return origin
+
+
+def lineage(config: TrainingConfig) -> dict:
+    """`initialised_from` and `teacher` of a run, as far as it has them."""
+    own_weights = config.student not in ("none",) and not config.student.endswith(".json")
+    sources = {"initialised_from": config.student if own_weights else config.init_from, "teacher": config.teacher}
+    return {name: describe_origin(source) for name, source in sources.items() if source}
+
+
+def total_clips(clips: int, origin: dict | None) -> int:
+    """Clips that weights have seen: in this run, and in those that it started from."""
+    return clips + (total_clips(origin.get("clips", 0), origin.get("initialised_from")) if origin else 0)

@@ -1,0 +1,131 @@
+"""Student and teacher of a run, and the task that they make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoModel, AutoProcessor
+from transformers.utils import logging
+
+from ..configuration_deformvos import DeformVosConfig
+from ..data.store import FrameStore
+from ..data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from ..modeling_deformvos import DeformVosModel
+from .config import TrainingConfig
+from .distillation_task import DistillationTask, DistillationWeights
+from .task import SegmentationTask
+
+
+logger = logging.get_logger(__name__)
+
+
+def take_over_weights(student: DeformVosModel, source: str) -> None:
+    """Copies every weight of another model whose name and shape the fresh student shares."""
+    given = AutoModel.from_pretrained(source, dtype="float32").state_dict()
+    own = student.state_dict()
+    shared = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
+    if not shared:
+        raise ValueError(f"`init_from` {source!r} shares no weight with the student's configuration.")
+    student.load_state_dict(shared, strict=False)
+    logger.info(f"Took over {len(shared)} of {len(own)} weights from {source}.")
+
+
+def build_student(config: TrainingConfig) -> DeformVosModel:
+    """A fresh or saved student in float32, the frozen part of its backbone frozen."""
+    if config.student == "none" or config.student.endswith(".json"):
+        fresh = config.student == "none"
+        student = DeformVosModel(DeformVosConfig() if fresh else DeformVosConfig.from_json_file(config.student))
+        if config.init_from:
+            take_over_weights(student, config.init_from)
+        if config.init_backbone:
+            student.load_backbone(config.init_backbone)
+        student.backbone.freeze_pretrained()
+        return student
+    for name in ("init_backbone", "init_from"):
+        if getattr(config, name):
+            raise ValueError(f"`{name}` is for a fresh student; {config.student!r} brings its own weights.")
+    student = AutoModel.from_pretrained(config.student, dtype="float32")
+    student.backbone.freeze_pretrained()
+    return student
+
+
+class Teacher:
+    """
+    A trained model that a student learns from.
+
+    Args:
+        source (`str`): Model folder or Hub repository.
+
+    Raises:
+        ValueError: If there is no model, or its processor normalises frames otherwise than training does.
+    """
+
+    def __init__(self, source: str):
+        folder = Path(source)
+        if folder.is_dir() and not any(folder.glob("*.safetensors")):
+            raise ValueError(f"`teacher` {source!r} must be a folder with a trained model; it has no *.safetensors.")
+        try:
+            self.model: DeformVosModel = AutoModel.from_pretrained(source, dtype="float32").eval()
+            self.processor = AutoProcessor.from_pretrained(source)
+        except OSError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"`teacher` must be a folder with a trained model and its processor, or a Hub repository that can be "
+                f"reached, got {source!r}: {reason}"
+            ) from error
+        images = self.processor.image_processor
+        if (tuple(images.image_mean), tuple(images.image_std)) != (IMAGENET_MEAN, IMAGENET_STD):
+            raise ValueError(
+                f"`teacher` {source!r} must take frames normalised with ImageNet's mean and standard deviation, as "
+                f"training clips are, got {images.image_mean} and {images.image_std}."
+            )
+        # It is never saved, and batch norm is a good part of a forward pass.
+        self.model.fold_batch_norm()
+
+    def label(self, folder: str, config: TrainingConfig, device) -> FrameStore:
+        """Masks for a folder of plain videos."""
+        from .pseudo_labels import label_videos
+
+        return label_videos(
+            folder,
+            self.model.to(device),
+            self.processor,
+            config.video_short_side,
+            max_proposals=config.max_proposals,
+            cache_dir=config.cache_dir,
+            on_error=config.on_data_error,
+            device=device,
+        )
+
+
+def build_teacher(config: TrainingConfig) -> Teacher | None:
+    """
+    The teacher, if one is named.
+
+    Raises:
+        ValueError: If it is not there, or the settings need one and name none.
+    """
+    if config.teacher is not None:
+        return Teacher(config.teacher)
+    if config.supervision != "labels":
+        raise ValueError(
+            f"`supervision` {config.supervision!r} needs a teacher to make pseudo-labels; give `teacher`, or use "
+            "supervision labels."
+        )
+    return None
+
+
+def build_task(config: TrainingConfig, student: DeformVosModel, teacher: Teacher | None) -> SegmentationTask:
+    """The task that the settings describe."""
+    shared = {
+        "ce_weight": config.ce_weight,
+        "jaccard_weight": config.jaccard_weight,
+        "memory_interval": config.memory_interval,
+    }
+    weights = DistillationWeights.from_config(config)
+    asked = config.supervision != "labels" or weights.att or weights.uses_logits or weights.representation
+    if teacher is None or not asked:
+        if teacher is not None and not config.video_dirs:
+            logger.warning("The teacher is not used: supervision is by labels, and all weights of distillation are 0.")
+        return SegmentationTask(student, **shared)
+    return DistillationTask(student, teacher.model, config.supervision, weights, **shared)

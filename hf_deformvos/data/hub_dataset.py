@@ -83,7 +83,7 @@ class DatasetFrame:
         return _decode_image(self.frame, "no image").convert("RGB")
 
     def read_mask(self, merge: bool | str) -> np.ndarray:
-        """The mask as `(height, width)` uint8 ids; raises `ValueError` where it shows ids that the row does not list."""
+        """The mask as `(height, width)` uint8 ids; a `ValueError` where it shows ids that the row does not list."""
         ids = mask_ids(_decode_image(self.mask, "no mask"), merge, "the mask")
         if not merge and self.object_ids is not None:
             # Masks that went through a lossy format, or hold 0 and 255, look like this.
@@ -119,13 +119,13 @@ def load_hub_dataset(
 
     Training draws frames in random order, which a stream cannot give. So rows are read once, one after another, and
     decoded into the store, and the store is what training reads; it stays in the cache until the data set changes.
-    With `streaming` nothing else is kept: no file of a Hub repository is downloaded as a whole, and reading stops after
-    `max_sequences`, so that a first part of a large set costs its own bytes only. Without it, `datasets` downloads the
-    split into its own cache first. Local files are always read in place.
+    With `streaming` nothing else is kept: no file of a Hub repository is downloaded as a whole, and reading stops
+    after `max_sequences`, so that the first part of a large set costs little more than its own bytes. Without it,
+    `datasets` downloads the split into its own cache first. Local files are always read in place.
 
     Args:
         name_or_path (`str` or `Path`): A parquet file, a folder of such files or one that `save_to_disk` wrote, or a
-            repository of the Hub. Its columns are described above this module.
+            repository of the Hub. Its columns are those of `COLUMNS`.
         short_side (`int`): Largest short side of stored frames, in pixels.
         split (`str`): Which split.
         streaming (`bool`): Whether a Hub repository is read without downloading it.
@@ -150,12 +150,10 @@ def load_hub_dataset(
     path = Path(source).expanduser()
     if path.exists():
         opened, fingerprint = _open_local(datasets, path.resolve(), split, config_name)
-        name = path.resolve().stem
+        name = path.resolve().name.removesuffix(".parquet")
     else:
         if path.suffix == ".parquet" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or source[0] == ".":
-            raise ValueError(
-                f"`name_or_path` must be a file, a folder or a Hub repository, got {source!r}: none such."
-            )
+            raise ValueError(f"`name_or_path` must be a file, a folder or a Hub repository, got {source!r}.")
         opened, fingerprint = _open_hub(datasets, source, split, streaming, config_name, revision)
         name = source.replace("/", "--")
     if streaming and max_sequences is None:

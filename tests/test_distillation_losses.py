@@ -224,6 +224,14 @@ def test_alignment_does_not_change_with_orthogonal_maps_scales_and_columns(rng, 
 
 
 @pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
+def test_scales_near_the_ends_of_float32(rng, scale, unbiased):
+    first, second = (torch.tensor(rng.normal(size=(2, 10, k))).float() for k in (6, 12))
+    value = centered_kernel_alignment(first, second, unbiased)
+    torch.testing.assert_close(centered_kernel_alignment(first * scale, second * scale, unbiased), value)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
 def test_alignment_changes_when_queries_are_permuted(rng, unbiased):
     first = attention(rng, 2, 30, 12)
     permuted = first[:, torch.tensor(rng.permutation(30))]

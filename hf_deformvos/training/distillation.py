@@ -29,12 +29,12 @@ def _common_precision(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.
 
 
 def _center_maps(maps: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maps with columns of mean 0, scaled to norm 1 (zeros where they do not vary), and which of them vary."""
+    """Maps with columns of mean 0, those that vary scaled to norm 1, and which do."""
     centered = maps - maps.mean(1, keepdim=True)
     power = centered.detach().square().sum((1, 2))
     varies = power > epsilon * maps.detach().square().sum((1, 2))
-    # Alignment does not depend on scale, hence no gradient through it; without it, tiny weights would underflow.
-    scale = torch.where(varies, power, 1.0).rsqrt() * varies
+    # Unscaled, sums of fourth powers overflow or vanish. Alignment does not depend on scale: no gradient through it.
+    scale = torch.where(varies, power, 1.0).rsqrt()
     return centered * scale[:, None, None], varies
 
 

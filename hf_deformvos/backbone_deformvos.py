@@ -1,4 +1,4 @@
-"""Image encoders of DeformVOS: MobileNetV2 with torchvision's parameter names, and a ViT with a detail stem."""
+"""Image encoders of DeformVOS: MobileNetV2 with torchvision's parameter names, alone or beside a ViT."""
 
 from functools import cache
 
@@ -151,38 +151,56 @@ class MobileNetV2Backbone(nn.Module):
         self.features[:FROZEN_BLOCKS].requires_grad_(False)
 
 
-class VisionTransformerBackbone(nn.Module):
+class VisionTransformerBackbone(MobileNetV2Backbone):
     """
-    A ViT in DINOv2 layout for the stride-16 tokens, and a small convolutional stem for strides 4 and 8.
+    A frozen ViT in DINOv2 layout for the meaning of the stride-16 tokens, beside MobileNetV2 for the detail.
 
-    The token grid is MobileNetV2's: the frame is padded by half a stride so that the centre of patch (i, j) falls on
-    pixel (16i, 16j), then resized from 16 pixels a token to the ViT's patch size.
+    A ViT has no features at strides 4 and 8. MobileNetV2 as its detail stem costs little beside it, is pretrained, and
+    has a student's parameter names, so that a teacher may start from a trained student. The token grid is
+    MobileNetV2's: the frame is padded by half a stride so that the centre of patch (i, j) falls on pixel (16i, 16j),
+    then resized from 16 pixels a token to the ViT's patch size.
     """
 
     def __init__(self, config: DeformVosConfig):
-        super().__init__()
+        super().__init__(config)
         vit_config = Dinov2Config(**(config.backbone_config or {}))
         self.patch_size = vit_config.patch_size
         self.vit = Dinov2Backbone(vit_config)
-        half, quarter, eighth = config.detail_sizes
-        self.stem = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(inputs, outputs, 3, 2, 1), nn.GroupNorm(8, outputs), nn.GELU())
-            for inputs, outputs in ((3, half), (half, quarter), (quarter, eighth))
-        )
-        self.channels = (quarter, eighth, vit_config.hidden_size)
+        self.channels = (*self.channels, vit_config.hidden_size * len(self.vit.channels))
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """`(batch_size, 3, 16h+1, 16w+1)` to the features at strides 4, 8, 16."""
-        details = [self.stem[0](pixel_values)]
-        details += [self.stem[1](details[0])]
-        details += [self.stem[2](details[1])]
+        """`(batch_size, 3, 16h+1, 16w+1)` to MobileNetV2's features and, last, the ViT's on the stride-16 grid."""
         padded = F.pad(pixel_values, (8, 7, 8, 7), mode="replicate")
         size = [side // 16 * self.patch_size for side in padded.shape[-2:]]
         resized = F.interpolate(padded, size=size, mode="bilinear", align_corners=False, antialias=True)
-        return details[1], details[2], self.vit(resized).feature_maps[-1]
+        # Blocks differ in scale by orders of magnitude: each is brought to unit variance over its channels.
+        blocks = [
+            F.layer_norm(block.movedim(1, -1), block.shape[1:2]).movedim(-1, 1)
+            for block in self.vit(resized).feature_maps
+        ]
+        return *super().forward(pixel_values), torch.cat(blocks, dim=1)
+
+    def load_vit(self, source: str):
+        """
+        Initialise the ViT from a DINOv2 model's folder or Hub repository.
+
+        Raises:
+            ValueError: if weights are missing there or have another shape, naming them.
+        """
+        loaded, report = Dinov2Backbone.from_pretrained(
+            source, config=self.vit.config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        misfits = sorted(report["missing_keys"]) + sorted(str(entry[0]) for entry in report["mismatched_keys"])
+        if misfits:
+            raise ValueError(
+                f"{source} does not fit the ViT of `backbone_config`: {len(misfits)} weights are missing or of "
+                f"another shape, among them {', '.join(misfits[:3])}."
+            )
+        self.vit.load_state_dict(loaded.state_dict())
 
     def freeze_pretrained(self):
-        """Stop the gradient of the ViT; the stem is trained from scratch."""
+        """As in MobileNetV2, and stop the gradient of the whole ViT."""
+        super().freeze_pretrained()
         self.vit.requires_grad_(False)
 
 

@@ -17,13 +17,12 @@ class DeformVosConfig(PreTrainedConfig):
 
     Args:
         backbone (`str`, defaults to `"mobilenet_v2"`):
-            Image encoder: `"mobilenet_v2"`, or `"dinov2"` (a ViT with a convolutional stem for the fine strides).
+            Image encoder: `"mobilenet_v2"`, or `"dinov2"` (a frozen ViT, with MobileNetV2 as its detail stem).
         backbone_config (`dict`, *optional*):
-            Arguments of `transformers.Dinov2Config` when `backbone="dinov2"`.
+            Arguments of `transformers.Dinov2Config` when `backbone="dinov2"`; `out_indices` names the blocks whose
+            outputs are read.
         backbone_tail (`bool`, defaults to `True`):
             Whether MobileNetV2's stride-32 blocks are run, upsampled and added to the tokens.
-        detail_sizes (`list[int]`, defaults to `[16, 24, 32]`):
-            Channels at strides 2, 4 and 8 of the stem that a `"dinov2"` backbone gets.
         hidden_size (`int`, defaults to 128):
             Channels of the visual branch I and of the identification branch M.
         key_size (`int`, defaults to 64):
@@ -65,8 +64,6 @@ class DeformVosConfig(PreTrainedConfig):
             Every that many frames the frame just segmented enters the long-term bank.
         layer_norm_eps (`float`, defaults to 1e-5):
             Epsilon of the normalisations.
-        initializer_range (`float`, defaults to 0.02):
-            Standard deviation of the identity bank's initial weights.
 
     Example:
 
@@ -84,7 +81,6 @@ class DeformVosConfig(PreTrainedConfig):
     backbone: str = "mobilenet_v2"
     backbone_config: dict | None = None
     backbone_tail: bool = True
-    detail_sizes: list[int] | tuple[int, ...] = (16, 24, 32)
     hidden_size: int = 128
     key_size: int = 64
     value_size: int = 128
@@ -105,7 +101,6 @@ class DeformVosConfig(PreTrainedConfig):
     long_term_slots: int = 3
     memory_interval: int = 8
     layer_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
 
     def validate_architecture(self):
         """Check the rules that bind fields to each other, and the ranges of single ones."""
@@ -118,17 +113,16 @@ class DeformVosConfig(PreTrainedConfig):
         for name in positive.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        for name in ("max_offset", "max_displacement", "layer_norm_eps", "initializer_range"):
+        for name in ("max_offset", "max_displacement", "layer_norm_eps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
         if self.short_term_window < 1 or self.short_term_window % 2 == 0:
             raise ValueError(f"`short_term_window` must be odd and at least 1, got {self.short_term_window}.")
         if self.correlation_radius < 0:
             raise ValueError(f"`correlation_radius` must not be negative, got {self.correlation_radius}.")
-        for name in ("decoder_sizes", "detail_sizes"):
-            sizes = getattr(self, name)
-            if len(sizes) != 3 or min(sizes) < 8 or any(size % 8 for size in sizes):
-                raise ValueError(f"`{name}` must be three multiples of 8, one a stride, got {sizes}.")
+        sizes = self.decoder_sizes
+        if len(sizes) != 3 or min(sizes) < 8 or any(size % 8 for size in sizes):
+            raise ValueError(f"`decoder_sizes` must be three multiples of 8, one a stride, got {sizes}.")
         if self.backbone != "dinov2" and self.backbone_config is not None:
             raise ValueError(f'`backbone_config` belongs to `backbone="dinov2"`, got backbone "{self.backbone}".')
 

@@ -14,17 +14,17 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, logging
 
-from .backbone_deformvos import MobileNetV2Backbone, VisionTransformerBackbone, build_backbone
+from .backbone_deformvos import VisionTransformerBackbone, build_backbone
 from .configuration_deformvos import DeformVosConfig
 from .memory_deformvos import LayerMemory, MemoryBank, MemoryFrame
 from .propagation_deformvos import (
     ChannelNorm,
     GatedDeformablePropagationLayer,
-    GatedOutput,
     GridDeformableAttention,
+    IdentityConvolution,
     LayerProjection,
-    OffsetNetwork,
     QueryDeformableAttention,
+    ZeroConvolution,
 )
 
 
@@ -170,25 +170,32 @@ def _upsample_onto(hidden: torch.Tensor, lateral: torch.Tensor, num_groups: int)
 
 
 class TokenProjection(nn.Module):
-    """Backbone features to tokens; a stride-32 map is brought exactly onto the stride-16 grid and added."""
+    """Backbone features to tokens; a stride-32 map is brought exactly onto the stride-16 grid, and all are added."""
 
     def __init__(self, config: DeformVosConfig, channels: tuple[int, ...]):
         super().__init__()
-        self.stride16 = nn.Conv2d(channels[0], config.hidden_size, 1)
-        self.stride32 = nn.Conv2d(channels[1], config.hidden_size, 1) if len(channels) > 1 else None
+        coarse = iter(channels)
+        self.stride16 = nn.Conv2d(next(coarse), config.hidden_size, 1)
+        self.stride32 = nn.Conv2d(next(coarse), config.hidden_size, 1) if config.backbone_tail else None
+        # Zero at first: a teacher that takes over a student's weights starts as that student.
+        self.vit = ZeroConvolution(next(coarse), config.hidden_size, 1) if config.backbone == "dinov2" else None
 
-    def forward(self, stride16: torch.Tensor, stride32: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, stride16: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        coarse = iter(others)
         tokens = self.stride16(stride16)
-        if self.stride32 is None:
-            return tokens
-        coarse = self.stride32(stride32)
+        if self.stride32 is not None:
+            tokens = tokens + self._onto_grid(self.stride32(next(coarse)), tokens.shape[-2:])
+        return tokens if self.vit is None else tokens + self.vit(next(coarse))
+
+    @staticmethod
+    def _onto_grid(coarse: torch.Tensor, sides: torch.Size) -> torch.Tensor:
         # Token j of stride 16 lies at j / 2 here: 2n - 1 exact positions, and one repeated at the end of an even side.
         size = [2 * side - 1 for side in coarse.shape[-2:]]
         coarse = F.interpolate(coarse, size=size, mode="bilinear", align_corners=True)
-        for axis in (-2, -1):
-            if coarse.shape[axis] < tokens.shape[axis]:
+        for axis, side in zip((-2, -1), sides, strict=True):
+            if coarse.shape[axis] < side:
                 coarse = torch.cat([coarse, coarse.narrow(axis, coarse.shape[axis] - 1, 1)], dim=axis)
-        return tokens + coarse
+        return coarse
 
 
 class DeformVosPreTrainedModel(PreTrainedModel):
@@ -203,32 +210,24 @@ class DeformVosPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, ZeroConvolution):
+            init.zeros_(module.weight)
+        elif isinstance(module, IdentityConvolution):
+            init.dirac_(module.weight, groups=module.groups)
+        elif isinstance(module, nn.Conv2d):
             init.kaiming_normal_(module.weight, nonlinearity="linear")
-            if module.bias is not None:
-                init.zeros_(module.bias)
         elif isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)):
             init.ones_(module.weight)
-            init.zeros_(module.bias)
-            if isinstance(module, nn.BatchNorm2d):
-                init.zeros_(module.running_mean)
-                init.ones_(module.running_var)
-                init.zeros_(module.num_batches_tracked)
-        elif isinstance(module, OffsetNetwork):
-            init.zeros_(module.offset.weight)
-            init.zeros_(module.offset.bias)
         elif isinstance(module, QueryDeformableAttention):
             init.zeros_(module.point_bias)
         elif isinstance(module, GridDeformableAttention) and module.distance_decay is not None:
             init.constant_(module.distance_decay, -2.0)
-        elif isinstance(module, GatedOutput):
-            # The identity: what attention reads reaches the projection unblurred from the first step on.
-            init.dirac_(module.visual_depthwise.weight, groups=module.visual_depthwise.groups)
-            init.dirac_(module.id_depthwise.weight, groups=module.id_depthwise.groups)
-        elif isinstance(module, VisionTransformerBackbone):
-            module.vit._init_weights(module.vit)
-        elif isinstance(module, IdentityBank):
-            init.normal_(module.embed.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.BatchNorm2d):
+            init.zeros_(module.running_mean)
+            init.ones_(module.running_var)
+            init.zeros_(module.num_batches_tracked)
+        if isinstance(getattr(module, "bias", None), nn.Parameter):
+            init.zeros_(module.bias)
 
 
 class DeformVosModel(DeformVosPreTrainedModel):
@@ -259,15 +258,17 @@ class DeformVosModel(DeformVosPreTrainedModel):
         Initialise the backbone from pretrained weights.
 
         Args:
-            path (`str`): a safetensors file; torchvision's `features.N...` names for MobileNetV2 (a classifier or
-                blocks beyond the tail are left out), `Dinov2Backbone`'s for a ViT.
+            path (`str`): for MobileNetV2 a safetensors file with torchvision's `features.N...` names (a classifier or
+                blocks beyond the tail are left out); for a ViT the folder or Hub repository of a DINOv2 model, such
+                as `facebook/dinov2-small` (blocks beyond `config.backbone_config` are left out).
 
         Raises:
-            ValueError: if the file lacks weights that the backbone has, naming them.
+            ValueError: if weights that the backbone has are missing there, naming them.
         """
-        module = self.backbone if isinstance(self.backbone, MobileNetV2Backbone) else self.backbone.vit
+        if isinstance(self.backbone, VisionTransformerBackbone):
+            return self.backbone.load_vit(path)
         available = load_file(path)
-        wanted = module.state_dict()
+        wanted = self.backbone.state_dict()
         missing = [
             name
             for name, tensor in wanted.items()
@@ -279,7 +280,7 @@ class DeformVosModel(DeformVosPreTrainedModel):
                 f"{path} does not fit a {self.config.backbone} backbone: {len(missing)} weights are missing or of "
                 f"another shape, among them {', '.join(missing[:3])}."
             )
-        module.load_state_dict({name: available.get(name, tensor) for name, tensor in wanted.items()})
+        self.backbone.load_state_dict({name: available.get(name, tensor) for name, tensor in wanted.items()})
 
     def fold_batch_norm(self) -> "DeformVosModel":
         """
@@ -287,13 +288,12 @@ class DeformVosModel(DeformVosPreTrainedModel):
 
         The parameters no longer have the checkpoint's names: a folded model is not saved.
         """
-        if isinstance(self.backbone, MobileNetV2Backbone):
-            self.backbone.fold_batch_norm()
+        self.backbone.fold_batch_norm()
         return self
 
     def save_pretrained(self, save_directory, **kwargs):
         """As in transformers; refused after [`~DeformVosModel.fold_batch_norm`]."""
-        if getattr(self.backbone, "is_folded", False):
+        if self.backbone.is_folded:
             raise ValueError(
                 "This model's batch norms are folded: save it before `fold_batch_norm`, or load it again."
             )

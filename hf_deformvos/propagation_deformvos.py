@@ -85,6 +85,16 @@ def _softmax(scores: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(dtype)
 
 
+# A model's `_init_weights` is only asked about modules with parameters of their own: what a convolution starts as is told
+# by its class.
+class ZeroConvolution(nn.Conv2d):
+    """A convolution whose weights start at zero."""
+
+
+class IdentityConvolution(nn.Conv2d):
+    """A convolution that starts as the identity."""
+
+
 class OffsetNetwork(nn.Module):
     """
     Depth-wise convolution, layer norm, GELU and a 1x1 convolution that predict bounded offsets in tokens.
@@ -99,7 +109,7 @@ class OffsetNetwork(nn.Module):
         self.reduce = nn.Conv2d(in_channels, width, 1)
         self.depthwise = nn.Conv2d(width, width, 5, stride, 2, groups=width)
         self.norm = ChannelNorm(width, eps=config.layer_norm_eps)
-        self.offset = nn.Conv2d(width, 2 * out_points, 1)
+        self.offset = ZeroConvolution(width, 2 * out_points, 1)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """`(B, C, h, w)` to unbounded offsets `(B, rows, columns, points, 2)` in float32 or float64."""
@@ -248,17 +258,19 @@ class GatedOutput(nn.Module):
     `W_O DWConv5x5(read values * gate)`, for both branches.
 
     With `object_independent`, W_O is block-triangular: the visual branch takes nothing from the identification branch.
+    Layers after the first start as the identity, and learn what they add: W_O is zero.
     """
 
-    def __init__(self, config: DeformVosConfig):
+    def __init__(self, config: DeformVosConfig, layer_idx: int):
         super().__init__()
         size = config.value_size
         self.object_independent = config.object_independent
-        self.visual_depthwise = nn.Conv2d(size, size, 5, padding=2, groups=size, bias=False)
-        self.id_depthwise = nn.Conv2d(size, size, 5, padding=2, groups=size, bias=False)
-        visual_inputs = size if config.object_independent else 2 * size
-        self.visual_project = nn.Conv2d(visual_inputs, config.hidden_size, 1)
-        self.id_project = nn.Conv2d(2 * size, config.hidden_size, 1)
+        # What attention reads reaches the projection unblurred from the first step on.
+        self.visual_depthwise = IdentityConvolution(size, size, 5, padding=2, groups=size, bias=False)
+        self.id_depthwise = IdentityConvolution(size, size, 5, padding=2, groups=size, bias=False)
+        project = ZeroConvolution if layer_idx else nn.Conv2d
+        self.visual_project = project(size if config.object_independent else 2 * size, config.hidden_size, 1)
+        self.id_project = project(2 * size, config.hidden_size, 1)
 
     def forward(
         self, read: torch.Tensor, visual_gate: torch.Tensor, id_gate: torch.Tensor | None
@@ -304,8 +316,8 @@ class GatedDeformablePropagationLayer(GradientCheckpointingLayer):
             self.short_term = QueryDeformableAttention(config)
         else:
             self.short_term = GridDeformableAttention(config, config.short_term_stride, local=True)
-        self.long_term_output = GatedOutput(config)
-        self.short_term_output = GatedOutput(config)
+        self.long_term_output = GatedOutput(config, layer_idx)
+        self.short_term_output = GatedOutput(config, layer_idx)
 
         self_inputs = hidden if config.object_independent else 2 * hidden
         self.object_independent = config.object_independent
@@ -317,7 +329,7 @@ class GatedDeformablePropagationLayer(GradientCheckpointingLayer):
         self.self_id_value = nn.Conv2d(hidden, value, 1)
         self.self_id_gate = nn.Conv2d(hidden, value, 1)
         self.self_attention = GridDeformableAttention(config, config.self_stride)
-        self.self_output = GatedOutput(config)
+        self.self_output = GatedOutput(config, layer_idx)
 
     def project(self, visual: torch.Tensor, identification: torch.Tensor | None) -> LayerProjection:
         """Project I `(B, C, h, w)` and M `(B * G, C, h, w)` or `None`; the frame's masks need not be known."""
@@ -387,7 +399,9 @@ class GatedDeformablePropagationLayer(GradientCheckpointingLayer):
 __all__ = [
     "GatedDeformablePropagationLayer",
     "GridDeformableAttention",
+    "IdentityConvolution",
     "OffsetNetwork",
     "QueryDeformableAttention",
+    "ZeroConvolution",
     "sample_at",
 ]

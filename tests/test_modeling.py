@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY_CONFIG
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, Dinov2Backbone, Dinov2Config
 
 from hf_deformvos import DeformVosConfig, DeformVosModel
 from hf_deformvos.memory_deformvos import MemoryBank
@@ -27,7 +27,6 @@ TEACHER_CONFIG = {
         "out_indices": [2],
         "apply_layernorm": False,
     },
-    "detail_sizes": [8, 8, 16],
     "num_hidden_layers": 2,
 }
 VARIANTS = {
@@ -266,6 +265,49 @@ def test_backbone_is_loaded_by_name(tiny_model, tmp_path):
     save_file(weights, tmp_path / "partial.safetensors")
     with pytest.raises(ValueError, match=r"features\.3\.conv\.2\.weight"):
         tiny_model.load_backbone(tmp_path / "partial.safetensors")
+
+
+def test_vit_is_loaded_up_to_the_block_that_is_used(tmp_path):
+    settings = TEACHER_CONFIG["backbone_config"]
+    deeper = Dinov2Backbone(Dinov2Config(**{**settings, "num_hidden_layers": 3, "out_indices": [3]}))
+    deeper.save_pretrained(tmp_path / "deeper")
+    teacher = DeformVosModel(DeformVosConfig(**TEACHER_CONFIG))
+    teacher.load_backbone(str(tmp_path / "deeper"))
+    for name, tensor in teacher.backbone.vit.state_dict().items():
+        assert torch.equal(tensor, deeper.state_dict()[name]), name
+    Dinov2Backbone(Dinov2Config(**{**settings, "num_hidden_layers": 1, "out_indices": [1]})).save_pretrained(
+        tmp_path / "shallow"
+    )
+    with pytest.raises(ValueError, match=r"layer\.1\."):
+        teacher.load_backbone(str(tmp_path / "shallow"))
+
+
+def test_untrained_model_reads_its_memory_at_the_reference_points():
+    """Of the whole model, as it is made: that single modules start so does not say that the model lets them."""
+    model = DeformVosModel(DeformVosConfig(**TEACHER_CONFIG)).eval()
+    pixel_values, masks = clip()
+    with torch.no_grad():
+        moved = model(pixel_values, masks, 2, output_attentions=True)
+        for module in model.modules():
+            if hasattr(module, "use_offsets"):
+                module.use_offsets = False
+        fixed = model(pixel_values, masks, 2, output_attentions=True)
+    torch.testing.assert_close(moved.logits, fixed.logits)
+    for layers, others in zip(moved.sampled_locations, fixed.sampled_locations, strict=True):
+        for layer, other in zip(layers, others, strict=True):
+            for name in layer:
+                assert torch.equal(layer[name], other[name].expand_as(layer[name])), name
+
+
+def test_a_teacher_that_takes_over_a_students_weights_starts_as_that_student(tiny_model):
+    teacher = DeformVosModel(DeformVosConfig(**TEACHER_CONFIG)).eval()
+    left = teacher.load_state_dict(tiny_model.state_dict(), strict=False)
+    assert not left.unexpected_keys
+    pixel_values, masks = clip()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            teacher(pixel_values, masks, 2).logits, tiny_model(pixel_values, masks, 2).logits, atol=1e-4, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize(

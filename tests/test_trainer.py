@@ -1,8 +1,8 @@
 """
 The training loop: schedule, exact resuming, averaged weights, checkpoints, several processes, users' mistakes.
 
-`accelerate launch --cpu --num_processes 2` starts one process only (accelerate wants MPI for more on a CPU), so the
-test of two processes starts them with torchrun, which accelerate understands just as well.
+Two processes on a CPU are `accelerate launch --multi_gpu --num_processes 2`: with `--cpu`, accelerate leaves it to MPI
+to start more than one, whereas `--multi_gpu` is its name for torchrun, and does not look for a GPU.
 """
 
 import hashlib
@@ -489,8 +489,8 @@ def test_two_processes_equal_one_with_the_same_batches(tiny_run):
     """
     config, both, one = str(tiny_run / "config.json"), tiny_run / "both", tiny_run / "one"
     ran = launch(
-        *("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_distill.py", config),
-        *("--output_dir", str(both)),
+        *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"),
+        *("train_distill.py", config, "--output_dir", str(both)),
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert train_distill.main([config, "--output_dir", str(one), "--gradient_accumulation_steps", "2"]) == 0

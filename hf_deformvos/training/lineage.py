@@ -20,16 +20,15 @@ _PRIVATE = {*PATH_SETTINGS, "output_dir", "cache_dir", "resume_from_checkpoint",
 def read_record(source: str) -> dict | None:
     """What `training.json` (of a release) or `all_results.json` (of a run) beside a model says, if one is there."""
     for name in ("training.json", "all_results.json"):
-        if Path(source).is_dir():
-            path = Path(source) / name
-        else:
-            path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-        if path is None or not Path(path).is_file():
-            continue
         try:
-            record = json.loads(Path(path).read_text())
+            if Path(source).is_dir():
+                path = Path(source) / name
+            else:
+                path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+            record = json.loads(Path(path).read_text()) if path is not None and Path(path).is_file() else None
         except (OSError, json.JSONDecodeError) as error:
-            logger.warning(f"Cannot read {path}, the record of the weights' training: {error}")
+            # A record that cannot be had is no reason to lose a run.
+            logger.warning(f"Cannot read {name} of {source}, the record of its training: {error}")
             continue
         if isinstance(record, dict):
             return record
@@ -48,7 +47,8 @@ def describe_origin(source: str) -> dict:
         paths, and its own `initialised_from` and `teacher`.
     """
     # A path of this machine says nothing elsewhere.
-    origin: dict = {"name": Path(source).resolve().name if Path(source).exists() else source}
+    is_path = Path(source).exists() or Path(source).is_absolute()
+    origin: dict = {"name": Path(source).resolve().name if is_path else source}
     record = read_record(source)
     if record is None:
         return {**origin, "note": "there is no record of its training"}

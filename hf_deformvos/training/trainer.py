@@ -89,7 +89,9 @@ class Trainer:
         self.accelerator = accelerator or make_accelerator(config)
         student = task.student
         if config.gradient_checkpointing:
-            student.gradient_checkpointing_enable()
+            # The second is its older name, which newer releases of transformers warn of.
+            enable = getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
+            enable()
         student.to(self.accelerator.device)
         if config.channels_last:
             student.to(memory_format=torch.channels_last)

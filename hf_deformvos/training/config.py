@@ -188,6 +188,10 @@ class TrainingConfig:
     init_from: str | None = _help(
         None, "Model folder or Hub repository whose weights a fresh student takes over wherever names and shapes fit."
     )
+    init_except: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Parts of weights' names that init_from leaves as they are in a fresh model."},
+    )
     supervision: str = _help(
         "labels",
         "Whose masks the supervised losses follow: labels, pseudo (the teacher's from the first frame on) or both.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import AutoModel, AutoProcessor
@@ -19,11 +20,15 @@ from .task import SegmentationTask
 logger = logging.get_logger(__name__)
 
 
-def take_over_weights(student: DeformVosModel, source: str) -> None:
-    """Copies every weight of another model whose name and shape the fresh student shares."""
+def take_over_weights(student: DeformVosModel, source: str, excepted: Sequence[str] = ()) -> None:
+    """Copies every weight of another model whose name, without `excepted` in it, and shape the student shares."""
     given = AutoModel.from_pretrained(source, dtype="float32").state_dict()
     own = student.state_dict()
-    shared = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
+    shared = {
+        name: value
+        for name, value in given.items()
+        if name in own and own[name].shape == value.shape and not any(part in name for part in excepted)
+    }
     if not shared:
         raise ValueError(f"`init_from` {source!r} shares no weight with the student's configuration.")
     student.load_state_dict(shared, strict=False)
@@ -36,7 +41,7 @@ def build_student(config: TrainingConfig) -> DeformVosModel:
         fresh = config.student == "none"
         student = DeformVosModel(DeformVosConfig() if fresh else DeformVosConfig.from_json_file(config.student))
         if config.init_from:
-            take_over_weights(student, config.init_from)
+            take_over_weights(student, config.init_from, config.init_except)
         if config.init_backbone:
             student.load_backbone(config.init_backbone)
         student.backbone.freeze_pretrained()

@@ -19,10 +19,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -44,6 +44,9 @@ COLUMNS = {
     "object_ids": "list of int32",
 }
 """Columns that a row must have; others are ignored."""
+
+_READ_ROWS = 8
+_READ_BYTES = 2**20
 
 
 def _import_datasets():
@@ -95,7 +98,8 @@ class DatasetFrame:
 
 def _decode_image(value: dict | None, absent: str) -> Image.Image:
     """Decodes an image as `datasets` does, which also opens paths of the Hub."""
-    if value is None or (value.get("bytes") is None and value.get("path") is None):
+    value = {"bytes": None, "path": None} | (value or {})
+    if value["bytes"] is None and value["path"] is None:
         raise ValueError(absent)
     return _import_datasets().Image().decode_example(value)
 
@@ -119,8 +123,8 @@ def load_hub_dataset(
 
     Training draws frames in random order, which a stream cannot give. So rows are read once, one after another, and
     decoded into the store, and the store is what training reads; it stays in the cache until the data set changes.
-    With `streaming` nothing else is kept: no file of a Hub repository is downloaded as a whole, and reading stops
-    after `max_sequences`, so that the first part of a large set costs little more than its own bytes. Without it,
+    With `streaming` nothing else is kept, and reading stops after `max_sequences`: parquet files are read a few rows
+    at a time, so that the first part of a large set costs its own bytes and some megabytes more. Without it,
     `datasets` downloads the split into its own cache first. Local files are always read in place.
 
     Args:
@@ -149,16 +153,17 @@ def load_hub_dataset(
     source = str(name_or_path)
     path = Path(source).expanduser()
     if path.exists():
-        opened, fingerprint = _open_local(datasets, path.resolve(), split, config_name)
+        opened = _open_local(datasets, path.resolve(), split, config_name)
         name = path.resolve().name.removesuffix(".parquet")
     else:
         if path.suffix == ".parquet" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or source[0] == ".":
             raise ValueError(f"`name_or_path` must be a file, a folder or a Hub repository, got {source!r}.")
-        opened, fingerprint = _open_hub(datasets, source, split, streaming, config_name, revision)
+        opened = _open_hub(datasets, source, split, streaming, config_name, revision)
         name = source.replace("/", "--")
     if streaming and max_sequences is None:
         logger.info(f"Data set {name!r}: all of the split is streamed; `max_sequences` takes less.")
-    rows = _rows(_checked(datasets, opened, name), name)
+    _check_schema(datasets, opened.features, name)
+    rows = _rows(opened, name)
     excluded = set(exclude)
     return FrameStore.build(
         name,
@@ -168,7 +173,7 @@ def load_hub_dataset(
         cache_dir=cache_dir,
         on_error=on_error,
         show_progress_bar=show_progress_bar,
-        fingerprint=json.dumps([fingerprint, split, config_name, sorted(excluded), max_sequences]),
+        fingerprint=json.dumps([opened.identity, split, config_name, sorted(excluded), max_sequences]),
     )
 
 
@@ -177,35 +182,54 @@ def load_hub_dataset(
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _open_local(datasets, path: Path, split: str, config_name: str | None) -> tuple[Dataset | IterableDataset, str]:
-    """A local data set and the identity of its files."""
+@dataclass(frozen=True)
+class _Source:
+    """An opened data set: its columns, what starts reading its rows, and text that changes when the rows do."""
+
+    features: dict
+    rows: Callable[[], Iterator[dict]]
+    identity: str
+
+
+def _open_local(datasets, path: Path, split: str, config_name: str | None) -> _Source:
+    """A local data set."""
     if path.is_file():
         if path.suffix != ".parquet":
             raise ValueError(f"`name_or_path` must be a .parquet file, a folder or a Hub repository, got {path}.")
-        builder = datasets.load_dataset_builder("parquet", data_files={split: str(path)})
-    elif (path / "dataset_dict.json").is_file():
+        return _read_parquet(datasets, [str(path)], _files_identity([path]))
+    if (path / "dataset_dict.json").is_file():
         splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
-        if split not in splits:
-            raise ValueError(f"`split` must be one of {', '.join(splits)} in {path}, got {split!r}.")
-        return _open_saved(datasets, path / split)
-    elif (path / "state.json").is_file():
-        return _open_saved(datasets, path)
-    else:
-        builder = datasets.load_dataset_builder(str(path), config_name)
-    files = (builder.config.data_files or {}).values()
-    identity = _files_identity(file for part in files for file in part)
-    # Streaming reads parquet files in place; otherwise `datasets` would first write them anew as Arrow files.
-    return builder.as_streaming_dataset(split=_known_split(split, builder.config.data_files, path)), identity
+        path = path / _known_split(split, splits, path)
+    if (path / "state.json").is_file():
+        # What `save_to_disk` wrote is mapped into memory.
+        return _read_dataset(datasets, datasets.load_from_disk(str(path)), _files_identity(sorted(path.iterdir())))
+    builder = datasets.load_dataset_builder(str(path), config_name)
+    files = builder.config.data_files[_known_split(split, builder.config.data_files, path)]
+    return _stream(datasets, builder, split, _files_identity(files))
 
 
-def _open_saved(datasets, folder: Path) -> tuple[Dataset, str]:
-    """What `Dataset.save_to_disk` wrote; it is mapped into memory."""
-    return datasets.load_from_disk(str(folder)), _files_identity(sorted(folder.iterdir()))
+def _open_hub(
+    datasets, repository: str, split: str, streaming: bool, config_name: str | None, revision: str | None
+) -> _Source:
+    """A data set of the Hub."""
+    try:
+        builder = datasets.load_dataset_builder(repository, config_name, revision=revision)
+    except RuntimeError as error:
+        # A repository with a loading script.
+        raise ValueError(f"Data set {repository!r} cannot be read: {error}") from error
+    # For a repository this hash is its commit; without a network that of what was downloaded, which has no files.
+    identity = f"{repository}@{builder.hash}"
+    if builder.config.data_files:
+        _known_split(split, builder.config.data_files, repository)
+        if streaming:
+            return _stream(datasets, builder, split, identity)
+    builder.download_and_prepare()
+    return _read_dataset(datasets, builder.as_dataset(split=split), identity)
 
 
-def _known_split(split: str, known: Iterable[str] | None, source) -> str:
+def _known_split(split: str, known: Iterable[str], source) -> str:
     """The split, if it exists."""
-    if known is not None and split not in known:
+    if split not in known:
         raise ValueError(f"`split` must be one of {', '.join(map(str, known))} in {source}, got {split!r}.")
     return split
 
@@ -219,22 +243,56 @@ def _files_identity(files: Iterable[str | Path]) -> str:
     return digest.hexdigest()
 
 
-def _open_hub(
-    datasets, repository: str, split: str, streaming: bool, config_name: str | None, revision: str | None
-) -> tuple[Dataset | IterableDataset, str]:
-    """A data set of the Hub and its commit."""
+def _stream(datasets, builder, split: str, identity: str) -> _Source:
+    """A split in place."""
+    files = list(builder.config.data_files[split])
+    if all(file.endswith(".parquet") for file in files):
+        return _read_parquet(datasets, files, identity)
+    return _read_dataset(datasets, builder.as_streaming_dataset(split=split), identity)
+
+
+def _read_dataset(datasets, opened: Dataset | IterableDataset, identity: str) -> _Source:
+    """The rows of what `datasets` opened, images left encoded."""
+
+    def rows() -> Iterator[dict]:
+        chosen = opened.select_columns(list(COLUMNS))
+        for column in ("frame", "mask"):
+            chosen = chosen.cast_column(column, datasets.Image(decode=False))
+        return iter(chosen)
+
+    # A stream may not know its columns before its first row.
+    features = opened.features or dict.fromkeys(next(iter(opened), {}))
+    return _Source(features, rows, identity)
+
+
+def _read_parquet(datasets, files: list[str], identity: str) -> _Source:
+    """
+    The rows of parquet files, local or `hf://`.
+
+    `datasets` streams them too, but its scanner runs ahead of a slow reader through the rest of the file, which is the
+    whole set where that is one file.
+    """
+    import fsspec  # with pyarrow, comes with `datasets`
+    from pyarrow.parquet import ParquetFile
+
+    def opened(file: str) -> BinaryIO:
+        system, path = fsspec.url_to_fs(file)
+        # Bytes come through the columns' buffers; a cache of the file would fetch them again at each change of column.
+        return system.open(path, "rb", cache_type="none")
+
+    def rows() -> Iterator[dict]:
+        for file in files:
+            with opened(file) as handle:
+                parquet = ParquetFile(handle, buffer_size=_READ_BYTES, pre_buffer=False)
+                for batch in parquet.iter_batches(_READ_ROWS, columns=list(COLUMNS), use_threads=False):
+                    yield from batch.to_pylist()
+
     try:
-        builder = datasets.load_dataset_builder(repository, config_name, revision=revision)
-    except RuntimeError as error:
-        # A repository with a loading script.
-        raise ValueError(f"Data set {repository!r} cannot be read: {error}") from error
-    # For a repository this hash is its commit, or the commit that was downloaded when there is no network.
-    identity = f"{repository}@{builder.hash}"
-    _known_split(split.split("[")[0], builder.config.data_files, repository)
-    if streaming:
-        return builder.as_streaming_dataset(split=split), identity
-    builder.download_and_prepare()
-    return builder.as_dataset(split=split), identity
+        with opened(files[0]) as handle:
+            features = datasets.Features.from_arrow_schema(ParquetFile(handle).schema_arrow)
+    except Exception as error:  # pyarrow, fsspec and the Hub's client each have their own
+        raise OSError(f"{files[0]} cannot be read: {type(error).__name__}: {error}") from error
+    return _Source(features, rows, identity)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -247,9 +305,8 @@ def _fits(datasets, column: str, feature) -> bool:
     if column in ("frame", "mask"):
         # Parquet files that other programs write hold images as bare bytes, alone or with a path.
         bare = isinstance(feature, dict) and {"bytes"} <= set(feature) <= {"bytes", "path"}
-        return (
-            bare or isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in ("binary", "large_binary")
-        )
+        bare = bare or (isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary"))
+        return bare or isinstance(feature, datasets.Image)
     if column == "object_ids":
         inner = getattr(feature, "feature", None)
         return isinstance(inner, datasets.Value) and "int" in inner.dtype
@@ -257,35 +314,30 @@ def _fits(datasets, column: str, feature) -> bool:
     return isinstance(feature, datasets.Value) and feature.dtype.startswith(kinds)
 
 
-def _checked(datasets, opened: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
-    """The columns of the schema, images left encoded; refuses any other schema."""
-    features = opened.features
-    # A stream may not know its types before its first row.
-    columns = dict.fromkeys(next(iter(opened), {})) if features is None else dict(features)
-    wrong = [column for column in COLUMNS if column not in columns]
-    if features is not None:
-        wrong += [column for column in COLUMNS if column in columns and not _fits(datasets, column, columns[column])]
+def _check_schema(datasets, features: dict, name: str) -> None:
+    """Refuses columns that are not those of `COLUMNS`; a type that is not known yet is `None`."""
+    wrong = [
+        column
+        for column in COLUMNS
+        if column not in features or not (features[column] is None or _fits(datasets, column, features[column]))
+    ]
     if wrong:
-        found = ", ".join(column if kind is None else f"{column}: {kind}" for column, kind in columns.items())
+        found = ", ".join(column if kind is None else f"{column}: {kind}" for column, kind in features.items())
         wanted = ", ".join(f"{column}: {kind}" for column, kind in COLUMNS.items())
         raise ValueError(
             f"Data set {name!r}: columns {', '.join(wrong)} are missing or of another type; found {found or 'none'}; "
             f"wanted {wanted}. Rename or cast them (`rename_column`, `cast_column`)."
         )
-    opened = opened.select_columns(list(COLUMNS))
-    for column in ("frame", "mask"):
-        opened = opened.cast_column(column, datasets.Image(decode=False))
-    return opened
 
 
-def _rows(opened: Iterable[dict], name: str) -> Iterator[dict]:
+def _rows(opened: _Source, name: str) -> Iterator[dict]:
     """The rows; whatever stops the reading says where."""
-    rows = iter(opened)
-    number = 0
+    rows, number = None, 0
     while True:
         try:
+            rows = rows or opened.rows()
             row = next(rows, None)
-        except Exception as error:  # pyarrow, fsspec and the Hub's client each have their own
+        except Exception as error:  # see above
             raise OSError(
                 f"Data set {name!r}: reading stopped at row {number}: {type(error).__name__}: {error}"
             ) from error
@@ -326,7 +378,14 @@ def _frames(
         ids = row["object_ids"]
         if not merge and ids and VOID in ids:
             raise ValueError(f"{where} lists object {VOID}, which is void; give `merge=True` if it is the object.")
-        yield DatasetFrame(sequence, index, row["frame"], row["mask"], None if ids is None else tuple(ids))
+        yield DatasetFrame(
+            sequence, index, _encoded(row["frame"]), _encoded(row["mask"]), None if ids is None else tuple(ids)
+        )
+
+
+def _encoded(value: dict | bytes | None) -> dict | None:
+    """An image as `datasets` holds it undecoded; other programs store the bytes alone."""
+    return {"bytes": value, "path": None} if isinstance(value, bytes) else value
 
 
 __all__ = ["COLUMNS", "load_hub_dataset"]

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from dataclasses import fields
 from pathlib import Path
 
+import torch
 import yaml
 from accelerate.utils import set_seed
 from huggingface_hub.errors import StrictDataclassError
@@ -113,6 +115,8 @@ def parse(arguments: list[str]) -> TrainingConfig:
 
 def build(config: TrainingConfig) -> Trainer:
     """Opens models and data and puts the trainer together."""
+    if config.cpu_threads:
+        torch.set_num_threads(min(config.cpu_threads, os.cpu_count() or 1))
     teacher = build_teacher(config)
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     accelerator = make_accelerator(config)

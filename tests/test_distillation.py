@@ -543,7 +543,7 @@ def test_the_quick_start_runs_and_says_what_to_do_next(taught_run):
     pytest.importorskip("hf_deformvos.training.pseudo_labels")
     output = taught_run / "quick"
     ran = launch(
-        *("accelerate.commands.launch", "--cpu", "--num_processes", "1", "train_distill.py"),
+        *("accelerate.commands.launch", "train_distill.py"),
         *("recipes/quickstart.json", "--teacher", str(taught_run / "teacher"), "--init_from", ""),
         *("--student", str(taught_run / "student.json"), "--output_dir", str(output)),
         *("--max_train_steps", "2", "--cache_dir", str(taught_run / "cache"), "--video_short_side", "48"),

@@ -148,6 +148,7 @@ _LOWEST = {
         "checkpointing_steps",
         "checkpoints_total_limit",
         "color",
+        "cpu_threads",
         "data_workers",
         "eval_steps",
         "jaccard_weight",
@@ -281,6 +282,9 @@ class TrainingConfig:
     gradient_accumulation_steps: int = _help(1, "Forward passes a step.")
     mixed_precision: str = _help("bf16", "no, bf16 or fp16.")
     gradient_checkpointing: bool = _help(False, "Trade time for memory in the backward pass.")
+    cpu_threads: int = _help(
+        0, "Threads of a process on a CPU, at most its cores; 0 takes what the launcher sets, which may be one."
+    )
     channels_last: bool = _help(True, "Keep convolution weights in channels-last memory format.")
     seed: int = _help(0, "Seed of weights, clips and augmentation.")
 

@@ -35,7 +35,7 @@ QUICK_START = ROOT / "recipes" / "quickstart.json"
 
 DONE = """
 Done in {minutes:.1f} minutes: {steps} steps on {clips} clips cut from the example clip, distilled from {teacher}.
-  loss                        {first_loss:.3f} -> {last_loss:.3f}
+  loss, mean of some steps    {first_loss:.3f} -> {last_loss:.3f}
   J against the teacher's     {first_j:.3f} -> {last_j:.3f}   (on the clip that it trained on: it learned this video)
   student                     {folder}
   pictures                    {folder}/overlays (above the student, below the teacher)

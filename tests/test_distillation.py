@@ -50,6 +50,7 @@ from hf_deformvos.training import (
 from hf_deformvos.training.lineage import describe_origin, lineage, total_clips
 from hf_deformvos.training.optimization import FreezeSchedule
 from hf_deformvos.training.runlog import RunLog
+from hf_deformvos.training.sources import open_data, open_evaluation
 from hf_deformvos.training.stopwatch import Stopwatch
 
 
@@ -440,8 +441,43 @@ def test_a_missing_bundled_teacher_is_named(tmp_path, monkeypatch, capsys):
     recipe.write_text(json.dumps({**values, "output_dir": str(tmp_path / "run")}))
     assert train_distill.main([str(recipe)]) == 2
     error = capsys.readouterr().err
-    assert "`teacher` must be a folder with a trained model" in error and "hub_cards/deformvos-teacher" in error
+    assert "`teacher` 'hub_cards/deformvos-teacher', which comes with the repository, is not there" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_every_kind_of_source_is_opened(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    from test_data_readers import make_rows, write_parquet, write_youtube_vos
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    write_davis(tmp_path / "davis", names=("ant", "swing"), frames=3)
+    write_youtube_vos(tmp_path / "youtube")
+    write_parquet(tmp_path / "rows.parquet", make_rows(names=("cat", "kite-walk")))
+    write_static_set(tmp_path / "sets" / "some")
+    config = settings(
+        tmp_path,
+        davis_dirs=[str(tmp_path / "davis")],
+        youtube_vos_dirs=[str(tmp_path / "youtube")],
+        dataset_names=[f"{tmp_path / 'rows.parquet'}:merge"],
+        dataset_streaming=True,
+        static_dirs=[str(tmp_path / "sets")],
+        video_dirs=["plain"],
+        cache_dir=str(tmp_path / "cache"),
+        eval_steps=5,
+    )
+    labelled = []
+    data = open_data(config, lambda folder: labelled.append(folder) or load_davis(tmp_path / "davis", 96))
+    assert labelled == ["plain"] and len(data.pseudo) == len(data.statics) == 1
+    davis, youtube, rows = data.videos
+    assert list(davis.sequences) == ["ant"] and list(rows.sequences) == ["cat"], "held-out sequences are left out"
+    assert {box.object_id for boxes in rows.objects for box in boxes} == {1}
+    assert len(youtube.sequences) >= 1
+    spec = config.clip_spec(config.stage_at(0))
+    assert data.sampler(0)(0, spec).frames.shape[:2] == (2, 2)
+    assert list(open_evaluation(config, data).stores[0].sequences) == ["swing"]
+    alone = settings(tmp_path, video_dirs=["plain"], eval_steps=5)
+    assert open_evaluation(alone, data).stores == data.pseudo, "scored against the teacher's masks"
+    assert open_evaluation(settings(tmp_path), data) is None
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

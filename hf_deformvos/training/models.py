@@ -19,6 +19,8 @@ from .task import SegmentationTask
 
 logger = logging.get_logger(__name__)
 
+_BUNDLED = "hub_cards/"
+
 
 def take_over_weights(student: DeformVosModel, source: str, excepted: Sequence[str] = ()) -> None:
     """Copies every weight of another model whose name, without `excepted` in it, and shape the student shares."""
@@ -67,6 +69,12 @@ class Teacher:
 
     def __init__(self, source: str):
         folder = Path(source)
+        if source.startswith(_BUNDLED) and not folder.is_dir():
+            # Without this, it would be looked for on the Hub.
+            raise ValueError(
+                f"`teacher` {source!r}, which comes with the repository, is not there: get that folder, with its "
+                "config.json, processor_config.json and *.safetensors, or name another teacher with --teacher."
+            )
         if folder.is_dir() and not any(folder.glob("*.safetensors")):
             raise ValueError(f"`teacher` {source!r} must be a folder with a trained model; it has no *.safetensors.")
         try:

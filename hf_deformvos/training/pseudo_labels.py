@@ -33,8 +33,8 @@ _FORMAT = 1
 # FFmpeg takes a text file for a video of its letters.
 _NOT_VIDEO_SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".csv", ".yaml", ".yml", ".xml", ".html", ".srt", ".vtt")
 _PROPOSAL_FRAMES = 5
-# A proposal shown to the teacher as the mask of its own frame comes back with the edges of the picture. On the first
-# frames of DAVIS-2016's training sequences one round lifts the IoU from 0.67 to 0.79, three to 0.84, five to 0.86.
+# A proposal shown to the teacher as the mask of its own frame comes back with the edges of the picture: on the first
+# frames of DAVIS-2016's training sequences the mean IoU rises from 0.64 to 0.81 (scripts/measure_proposals.py).
 _SETTLING_ROUNDS = 5
 # The share of a video's frames in which an object must be seen; below it, the teacher has lost it.
 _MIN_VISIBLE = 0.25

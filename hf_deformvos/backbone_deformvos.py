@@ -172,11 +172,12 @@ class VisionTransformerBackbone(MobileNetV2Backbone):
         """`(batch_size, 3, 16h+1, 16w+1)` to MobileNetV2's features and, last, the ViT's on the stride-16 grid."""
         padded = F.pad(pixel_values, (8, 7, 8, 7), mode="replicate")
         size = [side // 16 * self.patch_size for side in padded.shape[-2:]]
-        resized = F.interpolate(padded, size=size, mode="bilinear", align_corners=False, antialias=True)
+        # Antialiased resizing knows no half precision on CPUs.
+        resized = F.interpolate(padded.float(), size=size, mode="bilinear", align_corners=False, antialias=True)
         # Blocks differ in scale by orders of magnitude: each is brought to unit variance over its channels.
         blocks = [
             F.layer_norm(block.movedim(1, -1), block.shape[1:2]).movedim(-1, 1)
-            for block in self.vit(resized).feature_maps
+            for block in self.vit(resized.to(padded.dtype)).feature_maps
         ]
         return *super().forward(pixel_values), torch.cat(blocks, dim=1)
 

@@ -14,7 +14,8 @@ from .config import PATH_SETTINGS, TrainingConfig
 logger = logging.get_logger(__name__)
 
 _FACTS = ("steps", "clips", "minutes", "supervision", "sha256")
-_PRIVATE = {*PATH_SETTINGS, "output_dir", "cache_dir", "resume_from_checkpoint", "hub_model_id"}
+# A curriculum that is a file's name says nothing elsewhere, either; one that is written out does.
+_PRIVATE = {*PATH_SETTINGS, "output_dir", "cache_dir", "resume_from_checkpoint", "hub_model_id"} - {"stages"}
 
 
 def read_record(source: str) -> dict | None:
@@ -33,6 +34,10 @@ def read_record(source: str) -> dict | None:
         if isinstance(record, dict):
             return record
     return None
+
+
+def _names_file(value) -> bool:
+    return isinstance(value, str) and value.endswith(".json")
 
 
 def describe_origin(source: str) -> dict:
@@ -55,7 +60,7 @@ def describe_origin(source: str) -> dict:
     origin.update({name: record[name] for name in _FACTS if name in record})
     settings = record.get("settings", record.get("config")) or {}
     known = {item.name for item in fields(TrainingConfig)} - _PRIVATE
-    origin["settings"] = {name: value for name, value in settings.items() if name in known}
+    origin["settings"] = {name: value for name, value in settings.items() if name in known and not _names_file(value)}
     for name in ("initialised_from", "teacher"):
         if isinstance(record.get(name), dict):
             origin[name] = record[name]

@@ -85,8 +85,8 @@ def _softmax(scores: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(dtype)
 
 
-# A model's `_init_weights` is only asked about modules with parameters of their own: what a convolution starts as is told
-# by its class.
+# A model's `_init_weights` is only asked about modules with parameters of their own: a convolution's class tells what
+# it starts as.
 class ZeroConvolution(nn.Conv2d):
     """A convolution whose weights start at zero."""
 

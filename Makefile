@@ -39,8 +39,8 @@ $(CORE): pyproject.toml constraints.txt
 
 # vos-benchmark, the oracle of the metric tests, comes without its dependencies: see the test extra in pyproject.toml.
 $(FULL): $(CORE)
-	@echo "Installing what training, evaluation, export and the tests need"
-	$(INSTALL) -e ".[train,eval,export,test]"
+	@echo "Installing what training, evaluation, export, figures and the tests need"
+	$(INSTALL) -e ".[train,eval,export,docs,test]"
 	$(INSTALL) --no-deps vos-benchmark
 	@touch $@
 

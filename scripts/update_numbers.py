@@ -7,7 +7,8 @@
 A text (README.md, docs/**/*.md, hub_cards/*/README.md) takes a figure between two comments,
 `<!-- numbers:NAME:begin -->` and `<!-- numbers:NAME:end -->`. NAME is a record, that is a file of docs/numbers without
 `.json`, which gives a table of its means; `RECORD.sequences`, a table of its sequences; or `RECORD.FIELD`, one value
-inside a sentence. A record that scripts/measure_budget.py wrote gives a table of its cases.
+inside a sentence. A record that scripts/measure_budget.py wrote gives a table of its cases. The records of evidence
+(docs/EVIDENCE.md) give `ablation.GROUP`, `ablation.pairs`, `objects`, `memory`, and `figures.NAME`, a picture.
 
 The file is not called numbers.py: beside it, NumPy would import it in place of the standard library's module.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -32,6 +34,13 @@ BLOCK = re.compile(
 )
 MARKER = re.compile(r"<!-- numbers:[^>]*-->")
 NOT_MEASURED = "Not measured yet: `make numbers DATA=...` fills this in."
+# What makes the records of evidence, which do not have `make numbers` to thank.
+COMMANDS = {
+    "ablation": "python scripts/ablate.py",
+    "objects": "python scripts/measure_objects.py",
+    "memory": "python scripts/measure_memory.py",
+    "figures": "python scripts/make_figures.py",
+}
 NUM_SEQUENCES = 20  # of DAVIS-2016 val: figures of a part of it must not pass for its
 ENDINGS = {"mean": "", "recall": "-recall", "decay": "-decay"}
 MEASURES = ("JF", "J", "J-recall", "J-decay", "F", "F-recall", "F-decay")
@@ -125,12 +134,154 @@ def render_sequences(record: dict) -> str:
     return "\n".join(rows)
 
 
-def render_block(name: str, records: dict[str, dict]) -> str:
-    """What stands between the markers of NAME, newlines included."""
+def table(titles: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, the first column to the left and the others to the right."""
+    lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def mean_with_spread(scores: dict | None) -> str:
+    """Mean J&F and, of several seeds, their standard deviation, in points."""
+    if scores is None:
+        return "-"
+    spread = "" if scores["deviation"] is None else f" ± {100 * scores['deviation']:.1f}"
+    return f"{100 * scores['mean']:.1f}{spread}"
+
+
+def render_ablation(record: dict, view: str) -> str:
+    """Markdown of a group of rows, or of the comparisons between rows."""
+    if view == "pairs":
+        return render_pairs(record)
+    chosen = [row for row in record["rows"] if view in ("", row["group"])]
+    if not chosen:
+        return f"No row of the group *{view}* has been run yet: `{COMMANDS['ablation']}` does."
+    rows = [
+        [
+            row["title"],
+            str(len(row["runs"])),
+            *(mean_with_spread(row["scores"].get(name)) for name in ("held-out", "val")),
+            f"{row['parameters'] / 1e6:.2f} M",
+            f"{row['train_seconds'] / 60:.1f} min",
+        ]
+        for row in chosen
+    ]
+    run = record["runs"][next(iter(chosen[0]["runs"].values()))]
+    hardware, scores = run["hardware"], next(iter(run["scores"].values()))
+    start = "fresh weights" if run["start"]["name"] == "fresh" else f"the weights of {run['start']['name']}"
+    origin = (
+        f"`{record['command']}`: {run['steps']} steps and {run['clips']} clips each, from {start}; J&F on "
+        f"{len(scores['sequences'])} sequences that no run trains on, ± the standard deviation over seeds; trained in "
+        f"{hardware['dtype']} on {hardware['device_name']}."
+    )
+    missing = record.get("missing")
+    note = f"\n\nNot run yet: {'; '.join(missing)}." if missing else ""
+    titles = ["row", "seeds", "J&F, held-out", "J&F, DAVIS-2016 val", "parameters", "training"]
+    return f"{table(titles, rows)}\n\n{origin}{note}"
+
+
+def render_pairs(record: dict) -> str:
+    """A Markdown table of what one row has above another."""
+    titles = {row["name"]: row["title"] for row in record["rows"]}
+    rows = [
+        [
+            f"{titles[pair['one']]}, above {titles[pair['other']]}",
+            "DAVIS-2016 val" if pair["set"] == "val" else pair["set"],
+            str(len(pair["seeds"])),
+            f"{100 * pair['difference']:+.1f}",
+            f"{100 * pair['interval'][0]:+.1f} to {100 * pair['interval'][1]:+.1f}",
+            f"{pair['better']} of {pair['compared']}",
+        ]
+        for pair in record["pairs"]
+    ]
+    if not rows:
+        return "No two rows that are compared have been run yet."
+    origin = (
+        "Points of J&F, paired by seed and sequence. The interval is a 95 % bootstrap over sequences of their means "
+        "over seeds: it knows of few seeds, and of no others."
+    )
+    return f"{table(['comparison', 'on', 'seeds', 'points', 'interval', 'better'], rows)}\n\n{origin}"
+
+
+def render_objects(record: dict) -> str:
+    """A Markdown table of J&F by number of objects, a model a pair of columns."""
+    models, settings = record["models"], record["settings"]
+    counts = [row["num_objects"] for row in next(iter(models.values())).get("summary", [])]
+    rows = [[str(count)] for count in counts]
+    for entry in models.values():
+        by_count = {row["num_objects"]: row for row in entry.get("summary", [])}
+        for row, count in zip(rows, counts, strict=True):
+            found = by_count.get(count)
+            row += [f"{100 * found['mean']:.1f}", f"{100 * found['first_mean']:.1f}"] if found else ["-", "-"]
+    titles = ["objects", *(f"{name}, {what}" for name in models for what in ("all", "the clip's own"))]
+    for name, entry in models.items():
+        for video, result in entry.get("videos", {}).items():
+            cells = [f"{100 * result['JF']:.1f}" if other == name else "" for other in models]
+            rows.append([f"{result['num_objects']} ({video}, real)", *(c for cell in cells for c in (cell, ""))])
+    weights = ", ".join(f"{name} `{entry['sha256'][:12]}…`" for name, entry in models.items())
+    origin = (
+        f"`{record['command']}`: synthetic composites of held-out sequences, {settings['max_frames']} frames each; "
+        f"J&F of all objects, and of the clip's own, which is in every composite. Weights: {weights}."
+    )
+    return f"{table(titles, rows)}\n\n{origin}"
+
+
+def render_memory(record: dict) -> str:
+    """A Markdown table of cases, a model after the other."""
+    rows, frames = [], 0
+    for name, entry in record["models"].items():
+        for case in entry["cases"].values():
+            frames = case["num_frames"]
+            known = case["peak_bytes"] is not None and case["loaded_bytes"] is not None
+            above = f"{(case['peak_bytes'] - case['loaded_bytes']) / 1e6:.0f} MB" if known else "-"
+            device = case["peak_device_bytes"]
+            rows.append(
+                [
+                    name,
+                    *(str(case[part]) for part in ("long_term_slots", "memory_interval", "short_side")),
+                    f"{100 * case['JF']:.1f}",
+                    f"{case['state_bytes'] / 1e6:.1f} MB",
+                    above if device is None else f"{device / 1e6:.0f} MB on the GPU",
+                    f"{case['network_ms']:.0f} ms",
+                ]
+            )
+    titles = ["model", "slots", "interval", "short side", "J&F", "state", "peak above the model", "network"]
+    origin = (
+        f"`{record['command']}`: the held-out sequences, {frames} frames, one object, {record['settings']['dtype']}."
+    )
+    return f"{table(titles, rows)}\n\n{origin}"
+
+
+def render_figure(record: dict, name: str, path: Path | None, root: Path) -> str:
+    """A picture with its caption, or a sentence that says that it is not drawn yet."""
+    figure = record["figures"].get(name)
+    if figure is None:
+        return f"Not drawn yet: `{COMMANDS['figures']}` does."
+    file = root / "docs" / "images" / figure["file"]
+    target = file.name if path is None else os.path.relpath(file, path.parent)
+    return f"![{figure['caption']}]({target})\n\n*{figure['caption']}* (`{figure['command']}`)"
+
+
+def render_evidence(record: dict, view: str, path: Path | None, root: Path) -> str:
+    """What a record of evidence gives."""
+    kind = record["kind"]
+    if kind == "figures":
+        return render_figure(record, view, path, root)
+    if kind == "ablation":
+        return render_ablation(record, view)
+    return render_objects(record) if kind == "objects" else render_memory(record)
+
+
+def render_block(name: str, records: dict[str, dict], path: Path | None = None, root: Path = ROOT) -> str:
+    """What stands between the markers of NAME in the text at `path`, newlines included."""
     record_name, _, view = name.partition(".")
     if record_name not in records:
+        if record_name in COMMANDS:
+            done = "drawn" if record_name == "figures" else "measured"
+            return f"\nNot {done} yet: `{COMMANDS[record_name]}` does.\n"
         return NOT_MEASURED if view not in ("", "sequences") else f"\n{NOT_MEASURED}\n"
     record = records[record_name]
+    if "kind" in record:
+        return f"\n{render_evidence(record, view, path, root)}\n"
     if "cases" in record:
         return f"\n{render_cases(record)}\n"
     if view == "":
@@ -143,12 +294,14 @@ def render_block(name: str, records: dict[str, dict]) -> str:
     return fields[view]
 
 
-def render_text(text: str, records: dict[str, dict]) -> str:
+def render_text(text: str, records: dict[str, dict], path: Path | None = None, root: Path = ROOT) -> str:
     """The text with every block between markers written anew."""
     blocks = list(BLOCK.finditer(text))
     if len(MARKER.findall(text)) != 2 * len(blocks):
         raise NumbersError("markers do not pair up: each numbers:NAME:begin needs its own numbers:NAME:end after it")
-    return BLOCK.sub(lambda match: match["begin"] + render_block(match["name"], records) + match["end"], text)
+    return BLOCK.sub(
+        lambda match: match["begin"] + render_block(match["name"], records, path, root) + match["end"], text
+    )
 
 
 def render(root: Path = ROOT) -> list[Path]:
@@ -156,7 +309,7 @@ def render(root: Path = ROOT) -> list[Path]:
     records, changed = load_records(root), []
     for path in texts(root):
         before = path.read_text()
-        after = render_text(before, records)
+        after = render_text(before, records, path, root)
         if after != before:
             path.write_text(after)
             changed.append(path)
@@ -169,11 +322,14 @@ def check(root: Path = ROOT) -> list[str]:
     for path in texts(root):
         text = path.read_text()
         try:
-            if render_text(text, records) != text:
+            if render_text(text, records, path, root) != text:
                 problems.append(f"{path.relative_to(root)} states other figures than docs/numbers: run `make numbers`")
         except NumbersError as error:
             problems.append(f"{path.relative_to(root)}: {error}")
     for name, record in records.items():
+        if "kind" in record:  # says itself which weights it was measured with
+            problems += check_figures(record, root) if record["kind"] == "figures" else []
+            continue
         if "cases" in record:  # measured with random weights: cost does not depend on them
             continue
         weights = root / record["model"] / "model.safetensors"
@@ -181,6 +337,22 @@ def check(root: Path = ROOT) -> list[str]:
             problems.append(f"docs/numbers/{name}.json was measured with {record['model']}, whose weights are missing")
         elif sha256_of(weights) != record["weights_sha256"]:
             problems.append(f"docs/numbers/{name}.json was measured with other weights than {record['model']} holds")
+    return problems
+
+
+def check_figures(record: dict, root: Path) -> list[str]:
+    """A sentence for each figure that is missing, or older than the records it was drawn from."""
+    problems = []
+    for name, figure in record["figures"].items():
+        file = root / "docs" / "images" / figure["file"]
+        if not file.is_file():
+            problems.append(f"docs/images/{figure['file']} is missing: {figure['command']} draws it")
+        for source, sha256 in figure.get("sources", {}).items():
+            path = root / "docs" / "numbers" / source
+            if not path.is_file() or sha256_of(path) != sha256:
+                problems.append(
+                    f"The figure {name} was drawn from another {source}: {figure['command']} draws it anew"
+                )
     return problems
 
 

@@ -465,7 +465,9 @@ def test_accelerate_launch_trains_a_model_that_loads(tiny_run):
 @pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(tiny_run):
     config, killed = str(tiny_run / "config.json"), tiny_run / "killed"
-    command = [sys.executable, "train_distill.py", config, "--max_train_steps", "6", "--output_dir", str(killed)]
+    # Long enough not to be over before a busy machine comes to kill it.
+    flags = [config, "--max_train_steps", "30"]
+    command = [sys.executable, "train_distill.py", *flags, "--output_dir", str(killed)]
     with open(tiny_run / "killed.log", "w") as log:
         process = subprocess.Popen(command, env=command_env(), cwd=ROOT, stdout=log, stderr=log)
         while not (killed / "checkpoint-2").exists() and process.poll() is None:
@@ -474,7 +476,6 @@ def test_killed_and_resumed_equals_uninterrupted(tiny_run):
         process.wait()
     assert process.returncode == -signal.SIGKILL, (tiny_run / "killed.log").read_text()[-3000:]
     assert not (killed / "all_results.json").exists()
-    flags = [config, "--max_train_steps", "6"]
     assert train_distill.main([*flags, "--output_dir", str(killed), "--resume_from_checkpoint", "latest"]) == 0
     whole = tiny_run / "whole"
     assert train_distill.main([*flags, "--output_dir", str(whole)]) == 0

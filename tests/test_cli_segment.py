@@ -222,7 +222,7 @@ def test_mask_of_another_size_warns(tmp_path, clip, fake, capsys):
     messages = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
-    logger = logging.getLogger("hf_deformvos.video.masks")
+    logger = logging.getLogger("hf_deformvos.masks_deformvos")
     logger.addHandler(handler)
     ids = np.kron(square_mask(), np.ones((2, 2), dtype=np.uint8))
     write_palette_png(tmp_path / "large.png", ids)
@@ -342,16 +342,16 @@ def test_help_and_version(capsys):
 
 def test_mask_frame_beyond_a_video_of_unknown_length(tmp_path, clip, fake, capsys, monkeypatch):
     """Known only at the end, when the frames before it have been segmented: they are kept."""
-    from hf_deformvos.video.reader import _FileSource
+    from hf_deformvos.video_source_deformvos import FileSource
 
-    original = _FileSource.frames
+    original = FileSource.frames
 
     def frames(self):
         for frame in original(self):
             self.num_frames = None
             yield frame
 
-    monkeypatch.setattr(_FileSource, "frames", frames)
+    monkeypatch.setattr(FileSource, "frames", frames)
     write_palette_png(tmp_path / "late.png", square_mask(3, object_id=2))
     arguments = ["--mask", clip[1], "--mask-frame", 0, "--mask", tmp_path / "late.png", "--mask-frame", 20]
     assert run(clip[0], *arguments, "--output", tmp_path / "out") == 2

@@ -1,7 +1,7 @@
 """Video in and out: streaming reader, mask and overlay writers, drawing."""
 
-from .masks import read_mask
-from .overlay import PALETTES, colorblind_palette, davis_palette, draw_overlay
+from ..masks_deformvos import davis_palette, read_mask
+from .overlay import PALETTES, colorblind_palette, draw_overlay
 from .pipeline import BackgroundWorker, prefetch
 from .reader import IMAGE_SUFFIXES, VideoError, VideoFrame, VideoInfo, VideoReader, natural_key, read_image
 from .writer import H264Writer, mask_file_name, read_palette_png, write_palette_png

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from ..masks_deformvos import davis_palette
+
 
 # Okabe and Ito's eight colours, which stay apart under every common form of colour blindness; black (their first) is
 # left out because it vanishes in dark scenes.
@@ -17,26 +19,6 @@ _OKABE_ITO = (
 
 # Width of a contour, in pixels.
 _CONTOUR = 2
-
-
-def davis_palette(num_colors: int = 256) -> np.ndarray:
-    """
-    The colour map that DAVIS and Pascal VOC masks carry: the bits of an id are dealt out to red, green and blue.
-
-    Args:
-        num_colors (`int`, *optional*, defaults to 256): How many colours to return, 1 to 256.
-
-    Returns:
-        `np.ndarray` of shape `(num_colors, 3)` and dtype `uint8`: row `k` is the colour of id `k`, row 0 is black.
-    """
-    if not 1 <= num_colors <= 256:
-        raise ValueError(f"`num_colors` must be between 1 and 256, got {num_colors}.")
-    ids = np.arange(num_colors)
-    palette = np.zeros((num_colors, 3), dtype=np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            palette[:, channel] |= (((ids >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
-    return palette
 
 
 def colorblind_palette(num_colors: int = 256) -> np.ndarray:
@@ -151,4 +133,4 @@ def _edges(ids: np.ndarray) -> np.ndarray:
     return edge
 
 
-__all__ = ["PALETTES", "as_byte_ids", "colorblind_palette", "davis_palette", "draw_overlay"]
+__all__ = ["PALETTES", "as_byte_ids", "colorblind_palette", "draw_overlay"]

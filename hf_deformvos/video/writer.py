@@ -8,7 +8,8 @@ import av
 import numpy as np
 from PIL import Image
 
-from .overlay import as_byte_ids, davis_palette
+from ..masks_deformvos import davis_palette
+from .overlay import as_byte_ids
 
 
 # The clock of MPEG; fine enough for every frame rate in use, and small enough that hours fit the mp4 fields.

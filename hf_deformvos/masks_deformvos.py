@@ -6,14 +6,32 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
-from .overlay import davis_palette
-
 
 logger = logging.get_logger(__name__)
 
 # Anti-aliased and JPEG-compressed masks have a value for every shade; nobody draws this many objects.
 _MAX_DISTINCT_VALUES = 100
 _VOID = 255
+
+
+def davis_palette(num_colors: int = 256) -> np.ndarray:
+    """
+    The colour map that DAVIS and Pascal VOC masks carry: the bits of an id are dealt out to red, green and blue.
+
+    Args:
+        num_colors (`int`, *optional*, defaults to 256): How many colours to return, 1 to 256.
+
+    Returns:
+        `np.ndarray` of shape `(num_colors, 3)` and dtype `uint8`: row `k` is the colour of id `k`, row 0 is black.
+    """
+    if not 1 <= num_colors <= 256:
+        raise ValueError(f"`num_colors` must be between 1 and 256, got {num_colors}.")
+    ids = np.arange(num_colors)
+    palette = np.zeros((num_colors, 3), dtype=np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            palette[:, channel] |= (((ids >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
+    return palette
 
 
 def read_mask(path: str | os.PathLike, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -132,4 +150,4 @@ def _resize(ids: np.ndarray, size: tuple[int, int], path) -> np.ndarray:
     return resized.astype(np.int32)
 
 
-__all__ = ["read_mask"]
+__all__ = ["davis_palette", "read_mask"]

@@ -1,0 +1,288 @@
+"""Frames of video files (through PyAV) and of folders of images, decoded one at a time, upright, as 8-bit RGB."""
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+# Image folders carry no clock; 24 is the rate of DAVIS.
+_FOLDER_FPS = 24.0
+# FFmpeg's text-art demuxer takes any text file for a video; nobody who passes one means that.
+_NOT_VIDEO_FORMATS = ("tty",)
+# How much of a file's stated duration may be missing at its end before it counts as cut: muxers round.
+_DURATION_SLACK_S = 0.5
+
+
+class VideoError(ValueError):
+    """A video that cannot be opened or decoded; the message names the path, what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class VideoFrame:
+    """
+    One decoded frame.
+
+    Attributes:
+        index (`int`): Position in the video, from 0.
+        image (`np.ndarray` of shape `(height, width, 3)`, dtype `uint8`): RGB, turned upright.
+        timestamp (`float`): Seconds since the first frame, from the stream's own clock.
+        name (`str`, *optional*): File name of the image, for folders.
+        decode_seconds (`float`): Time it took to decode.
+    """
+
+    index: int
+    image: np.ndarray
+    timestamp: float
+    name: str | None = None
+    decode_seconds: float = 0.0
+
+
+def import_av():
+    """
+    PyAV, which decodes video files.
+
+    Raises:
+        ImportError: where it is not installed; nothing but video files needs it.
+    """
+    # Within `try`, because transformers demands whatever remote code imports elsewhere, if only inside functions.
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError(
+            "Reading a video file needs PyAV: `pip install av`. Frames in memory (a list, an array, an iterator) and "
+            "folders of images do without."
+        ) from error
+    return av
+
+
+class FileSource:
+    """A file, pipe or URL, decoded by FFmpeg."""
+
+    kind = "file"
+    live = False
+
+    def __init__(self, path: str, num_threads: int, container_format: str | None = None):
+        self.path = self.name = path
+        self.num_threads = num_threads
+        self.container_format = container_format
+        self.fps = self.num_frames = self.codec = None
+        self.seekable = os.path.isfile(path)
+        self.truncated = False
+        self.num_damaged = 0
+        if self.seekable and os.path.getsize(path) == 0:
+            raise VideoError(f"{path} is empty (0 bytes); a video was expected. Copy or download it again.")
+
+    def _open(self) -> tuple:
+        """Opens the container and picks its first true video stream."""
+        av = import_av()
+        try:
+            container = av.open(self.path, format=self.container_format)
+        except av.FFmpegError as error:
+            raise VideoError(
+                f"{self.name} is not a video that FFmpeg can read ({error.strerror}); is it complete? "
+                "Pass a video file, a folder of images or a camera number."
+            ) from error
+        # An audio file's cover picture is stored as a video stream.
+        streams = [
+            stream for stream in container.streams.video if not stream.disposition & av.stream.Disposition.attached_pic
+        ]
+        if not streams or container.format.name in _NOT_VIDEO_FORMATS:
+            found = ", ".join(sorted({stream.type for stream in container.streams})) or "none"
+            container.close()
+            if found == "video":
+                found = "text or pictures"
+            raise VideoError(f"{self.name} has no video stream (found: {found}); pass a file that holds video.")
+        stream = streams[0]
+        stream.thread_type = "AUTO"
+        if self.num_threads:
+            stream.codec_context.thread_count = self.num_threads
+        return container, stream
+
+    def frames(self) -> Iterator[VideoFrame]:
+        """Decodes from the start; skips what is damaged and counts it."""
+        container, stream = self._open()
+        self.truncated, self.num_damaged = False, 0
+        rate = stream.average_rate or stream.guessed_rate
+        self.fps = float(rate) if rate else None
+        self.num_frames = stream.frames or None
+        self.codec = stream.codec_context.name
+        first_time, end, index = None, 0.0, 0
+        try:
+            started = time.perf_counter()
+            for decoded in self._decode(container, stream):
+                seconds = decoded.time
+                if seconds is None:
+                    seconds = (first_time or 0.0) + index / (self.fps or _FOLDER_FPS)
+                first_time = seconds if first_time is None else first_time
+                image = _to_rgb(decoded)
+                yield VideoFrame(index, image, seconds - first_time, None, time.perf_counter() - started)
+                index, end = index + 1, seconds
+                started = time.perf_counter()
+            self.truncated = self.truncated or _ends_early(stream, end)
+        finally:
+            container.close()
+
+    def _decode(self, container, stream) -> Iterator:
+        """All frames that decode, in order of display, as PyAV has them."""
+        errors = import_av().FFmpegError
+        packets, num_packets = container.demux(stream), 0
+        while True:
+            try:
+                packet = next(packets)
+                num_packets += packet.size > 0
+                damaged = packet.is_corrupt
+            except StopIteration:
+                break
+            except errors:
+                self.truncated = True
+                break
+            try:
+                yield from packet.decode()
+            except errors:
+                damaged = True
+            self.num_damaged += damaged
+        # mp4 lists every packet in its header; other formats build the list while they read, and it always matches.
+        self.truncated = self.truncated or num_packets < len(stream.index_entries)
+
+
+class FolderSource:
+    """A folder of images in natural order, hidden files and sub-folders left out."""
+
+    kind = "folder"
+    live = False
+    seekable = True
+    codec = None
+    truncated = False
+    num_damaged = 0
+    fps = _FOLDER_FPS
+
+    def __init__(self, path: str):
+        self.path = self.name = path
+        self.files = sorted(
+            (
+                file
+                for file in Path(path).iterdir()
+                if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file() and not file.name.startswith(".")
+            ),
+            key=lambda file: natural_key(file.name),
+        )
+        self.num_frames = len(self.files)
+        if not self.files:
+            raise VideoError(
+                f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)}); pass the folder that holds the frames."
+            )
+
+    def __len__(self) -> int:
+        return self.num_frames
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return read_image(self.files[index])
+
+    def frames(self) -> Iterator[VideoFrame]:
+        """Opens one image after the other."""
+        for index, file in enumerate(self.files):
+            started = time.perf_counter()
+            image = read_image(file)
+            yield VideoFrame(index, image, index / self.fps, file.name, time.perf_counter() - started)
+
+
+def read_image(path: str | os.PathLike) -> np.ndarray:
+    """
+    Reads an image as upright RGB of shape `(height, width, 3)`, dtype `uint8`.
+
+    Raises:
+        VideoError: If it is not an image or is damaged.
+    """
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):
+                # Pillow clips 16-bit grey instead of scaling it.
+                return np.repeat((np.asarray(image, dtype=np.uint32) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+            if image.has_transparency_data:
+                return _over_black(np.asarray(image.convert("RGBA")))
+            return np.array(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise VideoError(f"{path} is not an image that can be read ({error}); replace or remove it.") from error
+
+
+def natural_key(name: str) -> list:
+    """Sort key under which `frame2` comes before `frame10`."""
+    parts = re.findall(r"[0-9]+|[^0-9]+", name)
+    return [(0, int(part), "") if part[0] in "0123456789" else (1, 0, part.lower()) for part in parts]
+
+
+def _to_rgb(frame) -> np.ndarray:
+    """PyAV's decoded picture as upright RGB, `uint8`."""
+    if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
+        image = _over_black(frame.to_ndarray(format="rgba"))
+    else:
+        image = frame.to_ndarray(format="rgb24")
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is not None:
+        image = _turn_upright(image, np.frombuffer(bytes(matrix), dtype=np.int32)[:9].reshape(3, 3))
+    return image
+
+
+def _turn_upright(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """
+    Applies a display matrix, to the nearest quarter turn, mirrored or not: it takes the pixel `(x, y)` to
+    `(a x + c y, b x + d y)` with `a, b` and `c, d` in its first two rows.
+    """
+    (a, b), (c, d) = matrix[0, :2].tolist(), matrix[1, :2].tolist()
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        flip_x, flip_y = a < 0, d < 0
+    else:
+        image = image.swapaxes(0, 1)
+        flip_x, flip_y = c < 0, b < 0
+    return np.ascontiguousarray(image[:: -1 if flip_y else 1, :: -1 if flip_x else 1])
+
+
+def _over_black(rgba: np.ndarray) -> np.ndarray:
+    """Lays RGBA over black: the colour of a fully transparent pixel is arbitrary."""
+    return (rgba[..., :3].astype(np.uint16) * rgba[..., 3:] // 255).astype(np.uint8)
+
+
+def _ends_early(stream, end: float) -> bool:
+    """Whether the stream's own stated duration (Matroska writes it as a tag) lies well past the last frame."""
+    match = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    if match is None:
+        return False
+    hours, minutes, seconds = match.groups()
+    return int(hours) * 3600 + int(minutes) * 60 + float(seconds) - end > _DURATION_SLACK_S
+
+
+def open_source(path: str, num_threads: int = 0) -> FileSource | FolderSource:
+    """
+    A folder of images, or anything else that FFmpeg reads.
+
+    Raises:
+        VideoError: if there is no such file or folder, or nothing in it.
+    """
+    if os.path.isdir(path):
+        return FolderSource(path)
+    if "://" not in path and not os.path.exists(path):
+        raise VideoError(f"{path} does not exist; pass a video file, a folder of images or a camera number.")
+    return FileSource(path, num_threads)
+
+
+def warn_of_damage(source: FileSource | FolderSource):
+    """Say so, once it has been read, if frames of a video are missing."""
+    if source.truncated or source.num_damaged:
+        logger.warning(
+            f"{source.name} is damaged: {source.num_damaged} packets did not decode"
+            + (", and it ends before its header says it should." if source.truncated else ".")
+        )
+
+
+__all__ = ["IMAGE_SUFFIXES", "VideoError", "VideoFrame", "natural_key", "open_source", "read_image"]

@@ -4,7 +4,6 @@ import os
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 from PIL import Image
 
@@ -103,6 +102,9 @@ class H264Writer:
 
     def _open(self, height: int, width: int) -> None:
         """Opens the file; only now is the size known."""
+        # Not above: whoever only trains or draws does without PyAV.
+        import av
+
         self._size = (height, width)
         self._container = av.open(str(self._part), "w", format="mp4", options={"movflags": "+faststart"})
         stream = self._container.add_stream("libx264", rate=self._fps, options=self._options)
@@ -132,6 +134,8 @@ class H264Writer:
             self._open(height, width)
         if (height, width) != self._size:
             raise ValueError(f"Every frame must have the first one's size {self._size}, got {(height, width)}.")
+        import av
+
         if height % 2 or width % 2:
             image = np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24").reformat(

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hub_server import hub, hub_datasets  # noqa: F401  fixtures
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,11 +1,25 @@
 """Configuration of DeformVOS: teacher and student are two configurations of one model class."""
 
+import copy
+from typing import ClassVar
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 
 BACKBONES = ("mobilenet_v2", "dinov2")
 SHORT_TERM_FORMS = ("query", "grid")
+
+
+class InstalledPipelines(dict):
+    """
+    A checkpoint's `custom_pipelines` where their code is installed: it lists their tasks, from which `pipeline` infers
+    the one to run, and contains none of them, so that `pipeline` takes its class from the registry and asks nobody to
+    trust the copy beside the weights.
+    """
+
+    def __contains__(self, task) -> bool:
+        return False
 
 
 @strict
@@ -77,6 +91,8 @@ class DeformVosConfig(PreTrainedConfig):
     """
 
     model_type = "deformvos"
+    # Set by the installed package, which registers the pipeline; not so where this file came with the weights.
+    has_installed_pipeline: ClassVar[bool] = False
 
     backbone: str = "mobilenet_v2"
     backbone_config: dict | None = None
@@ -101,6 +117,20 @@ class DeformVosConfig(PreTrainedConfig):
     long_term_slots: int = 3
     memory_interval: int = 8
     layer_norm_eps: float = 1e-5
+
+    @property
+    def custom_pipelines(self) -> dict:
+        """
+        Pipelines whose code lies beside the weights, by task, as config.json has them.
+
+        A copy: `transformers.pipeline` writes classes into what it gets here, which no config.json can hold.
+        """
+        entries = copy.deepcopy(self.__dict__.get("custom_pipelines", {}))
+        return InstalledPipelines(entries) if self.has_installed_pipeline else entries
+
+    @custom_pipelines.setter
+    def custom_pipelines(self, entries: dict):
+        self.__dict__["custom_pipelines"] = dict(entries)
 
     def validate_architecture(self):
         """Check the rules that bind fields to each other, and the ranges of single ones."""

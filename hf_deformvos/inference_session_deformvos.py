@@ -536,13 +536,13 @@ def _at_size(given: dict[int, torch.Tensor], size: tuple[int, int]) -> dict[int,
     """The given masks at network size, without overlaps: a pixel goes to the object that was given last."""
     resized, taken = {}, None
     for obj_id in reversed(given):
-        mask = _resize_nearest(given[obj_id], size)
+        mask = resize_nearest(given[obj_id], size)
         resized[obj_id] = mask if taken is None else mask & ~taken
         taken = mask if taken is None else mask | taken
     return {obj_id: resized[obj_id] for obj_id in given}
 
 
-def _resize_nearest(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resize_nearest(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """`(height, width)` bool to another size, pixel centres on pixel centres."""
     if tuple(mask.shape) == tuple(size):
         return mask

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from transformers import ProcessorMixin
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.image_utils import ImageInput
 from transformers.utils import logging
 
@@ -45,6 +46,16 @@ class DeformVosProcessor(ProcessorMixin):
 
     def __init__(self, image_processor=None, **kwargs):
         super().__init__(image_processor, **kwargs)
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As in transformers; where it was loaded with its code, that of the pipeline is saved too."""
+        if self._auto_class is not None:
+            # config.json names the pipeline, whose file no other would bring along.
+            from .pipeline_deformvos import DeformVosPipeline
+
+            os.makedirs(save_directory, exist_ok=True)
+            custom_object_save(DeformVosPipeline, save_directory)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def __call__(self, images: ImageInput, return_tensors: str | None = "pt", **kwargs):
         """
@@ -89,7 +100,7 @@ class DeformVosProcessor(ProcessorMixin):
         if isinstance(video, (str, bytes, os.PathLike)):
             raise ValueError(
                 f"`video` must be frames, got the path {video!r}. `hf_deformvos.video.VideoReader` decodes a file: "
-                "`(frame.image for frame in VideoReader(path))`."
+                "`(frame.image for frame in VideoReader(path))`. The pipeline `video-object-segmentation` takes paths."
             )
         if getattr(video, "ndim", 4) != 4:
             raise ValueError(
@@ -138,9 +149,9 @@ class DeformVosProcessor(ProcessorMixin):
             ValueError: if there is no mask, a new object's mask is empty, ids and masks differ in number, or a mask
                 holds NaN.
         """
-        masks = _masks_by_id(input_masks, obj_ids)
+        masks = masks_by_id(input_masks, obj_ids)
         if original_size is not None:
-            _warn_of_other_size(masks, tuple(int(side) for side in original_size))
+            warn_of_other_size(masks, tuple(int(side) for side in original_size))
         inference_session.add_masks(int(frame_idx), masks)
 
     def post_process_masks(
@@ -168,7 +179,7 @@ class DeformVosProcessor(ProcessorMixin):
         for logits, original_size in zip(masks, original_sizes, strict=True):
             logits = _upsample(logits, original_size)
             if binarize:
-                winner = _winner(logits)
+                winner = winners(logits)
                 numbers = torch.arange(1, len(logits) + 1, device=logits.device)
                 logits = (winner == numbers[:, None, None]).unsqueeze(1)
             processed.append(logits)
@@ -183,7 +194,7 @@ class DeformVosProcessor(ProcessorMixin):
             original_size (`tuple[int, int]`): the frame's (height, width).
         """
         ids = np.array([0, *output.object_ids], dtype=np.int32)
-        return ids[_winner(_upsample(output.pred_masks, original_size)).cpu().numpy()]
+        return ids[winners(_upsample(output.pred_masks, original_size)).cpu().numpy()]
 
 
 def _upsample(logits: torch.Tensor, original_size: tuple[int, int]) -> torch.Tensor:
@@ -191,13 +202,13 @@ def _upsample(logits: torch.Tensor, original_size: tuple[int, int]) -> torch.Ten
     return F.interpolate(logits.float(), size=(height, width), mode="bilinear", align_corners=False)
 
 
-def _winner(logits: torch.Tensor) -> torch.Tensor:
+def winners(logits: torch.Tensor) -> torch.Tensor:
     """`(N, 1, H, W)` logits against the background to the winner a pixel `(H, W)`: 0 background, n the n-th object."""
     best, index = logits.squeeze(1).max(dim=0)
     return (index + 1).masked_fill_(best <= 0, 0)
 
 
-def _masks_by_id(input_masks, obj_ids) -> dict[int, torch.Tensor]:
+def masks_by_id(input_masks, obj_ids) -> dict[int, torch.Tensor]:
     """Any accepted form of masks to bool `(height, width)` by object id; overlaps go to the later object."""
     if input_masks is None:
         raise ValueError("`input_masks` is needed: an id map, or one boolean mask an object.")
@@ -258,7 +269,7 @@ def _split_id_map(id_map: np.ndarray, obj_ids: list[int] | None) -> dict[int, to
     return {obj_id: torch.from_numpy(id_map == obj_id) for obj_id in (present if obj_ids is None else obj_ids)}
 
 
-def _warn_of_other_size(masks: dict[int, torch.Tensor], original_size: tuple[int, int]):
+def warn_of_other_size(masks: dict[int, torch.Tensor], original_size: tuple[int, int]):
     for obj_id, mask in masks.items():
         if tuple(mask.shape) != original_size:
             logger.warning(

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "hf_deformvos"
 MODELLING = sorted(PACKAGE.glob("*_deformvos.py"))
 # tqdm is there wherever transformers is, which requires it; its own video models import it.
 THIRD_PARTY = {"torch", "numpy", "transformers", "huggingface_hub", "PIL", "safetensors", "tqdm"}
-# These may be missing: asked for inside a function, within `try`, where transformers does not demand them of remote code.
+# May be missing: asked for inside a function and within `try`, where transformers does not demand it of remote code.
 OPTIONAL = {"av"}
 # Each part may import itself, those listed, and the modelling files (as the flat names or as the package).
 PARTS = {
@@ -22,6 +22,7 @@ PARTS = {
     "evaluation": {"video", "data"},
     "training": {"video", "data", "evaluation"},
     "export": set(),
+    "publishing": {"video"},
     "cli": {"video", "data", "evaluation"},
 }
 

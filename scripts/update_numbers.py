@@ -16,7 +16,6 @@ The file is not called numbers.py: beside it, NumPy would import it in place of 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -25,6 +24,15 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from hf_deformvos.publishing import cards, measurements
+from hf_deformvos.publishing.measurements import (
+    fields_of,
+    render_means,
+    render_sequences,
+    sha256_of,
+    table,
+)
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,21 +50,10 @@ COMMANDS = {
     "figures": "python scripts/make_figures.py",
 }
 NUM_SEQUENCES = 20  # of DAVIS-2016 val: figures of a part of it must not pass for its
-ENDINGS = {"mean": "", "recall": "-recall", "decay": "-decay"}
-MEASURES = ("JF", "J", "J-recall", "J-decay", "F", "F-recall", "F-decay")
 
 
 class NumbersError(Exception):
     """A text or record that cannot be used; the message says which, and what to do."""
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def texts(root: Path) -> list[Path]:
@@ -74,42 +71,6 @@ def load_records(root: Path) -> dict[str, dict]:
     return {path.stem: json.loads(path.read_text()) for path in sorted((root / "docs" / "numbers").glob("*.json"))}
 
 
-def measures_of(scores: dict) -> dict[str, float]:
-    """The seven measures of a summary, by the names that markers use (which have no `&`)."""
-    return {
-        "JF": scores["J&F"],
-        **{f"{key}{end}": scores[key][name] for key in "JF" for name, end in ENDINGS.items()},
-    }
-
-
-def fields_of(record: dict) -> dict[str, str]:
-    """Every single value that a text may state, as it is written there."""
-    totals = record["totals"]
-    return {name: f"{value:.3f}" for name, value in measures_of(totals).items()} | {
-        "parameters": f"{record['facts']['num_parameters'] / 1e6:.2f} M",
-        "megabytes": f"{record['weights_bytes'] / 1e6:.1f} MB",
-        "frames-per-second": f"{totals['frames_per_second']:.1f}",
-        "network-ms": f"{totals['network_ms_median']:.0f} ms",
-        "num-sequences": str(record["dataset"]["num_sequences"]),
-        "num-frames": str(record["dataset"]["num_frames"]),
-    }
-
-
-def render_means(record: dict) -> str:
-    """A Markdown table of one record's means, and how it was measured."""
-    fields, hardware = fields_of(record), record["hardware"]
-    columns = {name.replace("JF", "J&F").replace("-", " "): fields[name] for name in MEASURES}
-    columns |= {"parameters": fields["parameters"], "weights": fields["megabytes"]}
-    columns |= {"network, a frame": fields["network-ms"], "whole stream, frames/s": fields["frames-per-second"]}
-    origin = (
-        f"`{record['command']}`: {fields['num-sequences']} sequences, {fields['num-frames']} frames, in "
-        f"{hardware['dtype']} on {hardware['device_name']} ({hardware['threads_per_process']} threads), PyTorch "
-        f"{record['versions']['torch']}; weights sha256 `{record['weights_sha256'][:12]}…`."
-    )
-    rows = [" | ".join(columns), " | ".join(["---:"] * len(columns)), " | ".join(columns.values())]
-    return "\n".join(f"| {row} |" for row in rows) + "\n\n" + origin
-
-
 def render_cases(record: dict) -> str:
     """A Markdown table of what architectures or numbers of objects cost."""
     hardware = record["hardware"]
@@ -123,21 +84,6 @@ def render_cases(record: dict) -> str:
         f"{hardware['device_name']} ({hardware['threads_per_process']} threads)."
     )
     return "\n".join(rows) + "\n\n" + origin
-
-
-def render_sequences(record: dict) -> str:
-    """A Markdown table with one row a sequence."""
-    rows = ["| sequence | J&F | J | F |", "|---|---:|---:|---:|"]
-    for scores in sorted(record["sequences"], key=lambda scores: scores["name"]):
-        measures = measures_of(scores)
-        rows.append(f"| {scores['name']} | {measures['JF']:.3f} | {measures['J']:.3f} | {measures['F']:.3f} |")
-    return "\n".join(rows)
-
-
-def table(titles: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, the first column to the left and the others to the right."""
-    lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def mean_with_spread(scores: dict | None) -> str:
@@ -304,12 +250,22 @@ def render_text(text: str, records: dict[str, dict], path: Path | None = None, r
     )
 
 
+def render_file(path: Path, text: str, records: dict[str, dict], root: Path) -> str:
+    """The text of a file as it should be: cards that were rendered, anew from their folder, metadata included."""
+    if cards.is_sealed(text):
+        try:
+            return cards.render_card(path.parent, records)
+        except ValueError as error:
+            raise NumbersError(str(error)) from error
+    return render_text(text, records, path, root)
+
+
 def render(root: Path = ROOT) -> list[Path]:
     """Write the records' figures into the texts; the files that changed."""
     records, changed = load_records(root), []
     for path in texts(root):
         before = path.read_text()
-        after = render_text(before, records, path, root)
+        after = render_file(path, before, records, root)
         if after != before:
             path.write_text(after)
             changed.append(path)
@@ -322,7 +278,7 @@ def check(root: Path = ROOT) -> list[str]:
     for path in texts(root):
         text = path.read_text()
         try:
-            if render_text(text, records, path, root) != text:
+            if render_file(path, text, records, root) != text:
                 problems.append(f"{path.relative_to(root)} states other figures than docs/numbers: run `make numbers`")
         except NumbersError as error:
             problems.append(f"{path.relative_to(root)}: {error}")
@@ -387,23 +343,10 @@ def measure_budget(root: Path = ROOT):
 
 
 def as_record(report: dict, model: str, weights: Path, command: str) -> dict:
-    """What is kept of an evaluation's report: no value a frame, no path of the machine it ran on."""
-    sha256 = sha256_of(weights)
-    if report["weights_sha256"] != sha256:
+    """What is kept of an evaluation's report, of weights that are still those that were evaluated."""
+    if report["weights_sha256"] != sha256_of(weights):
         raise NumbersError(f"{weights} changed while it was evaluated; nothing was recorded, run it again")
-    kept = ("name", "J&F", "J", "F")
-    return {
-        "model": model,
-        "weights_sha256": sha256,
-        "weights_bytes": weights.stat().st_size,
-        "command": command,
-        "facts": report["model"],
-        "hardware": report["hardware"],
-        "versions": report["versions"],
-        "dataset": {key: value for key, value in report["dataset"].items() if key != "root"},
-        "totals": report["totals"],
-        "sequences": [{key: scores[key] for key in kept} for scores in report["sequences"]],
-    }
+    return measurements.as_record(report, model, weights, command)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,0 +1,304 @@
+"""
+Model cards: rendered from what a training run and an evaluation recorded, never typed.
+
+A card ends in a comment with the SHA-256 of all that stands above it. By it `deformvos publish` sees whether a card on
+the Hub is still the one that was published, or was edited there and must not be overwritten.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from . import measurements
+
+
+TEMPLATES = Path(__file__).resolve().parent / "templates"
+_SEAL = re.compile(r"\n*<!-- deformvos card: sha256 ([0-9a-f]{64}) -->\s*\Z")
+_BLOCK = re.compile(r"<!-- numbers:[\w.-]+:(?:begin|end) -->\n?")
+_TITLES = {
+    "davis2016": "DAVIS-2016",
+    "davis2017": "DAVIS-2017",
+    "youtubevos2018": "YouTube-VOS 2018",
+    "youtubevos2019": "YouTube-VOS 2019",
+}
+_TAGS = ["video-object-segmentation", "deformable-attention", "deformvos"]
+_PICTURES = ("picture.jpg", "picture.png")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_SOURCES = {"labels": "labels", "pseudo": "the teacher's masks", "both": "labels and the teacher's masks"}
+_PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}
+# Sequences of DAVIS-2016 train that no run sees; hf_deformvos.data has them as HELD_OUT_SEQUENCES.
+_HELD_OUT = "bmx-bumps, dog-agility, flamingo, kite-walk, scooter-gray, swing"
+
+
+def seal(text: str) -> str:
+    """The text with a last line that tells its checksum."""
+    body = _SEAL.sub("", text).rstrip("\n") + "\n"
+    return f"{body}\n<!-- deformvos card: sha256 {_checksum(body)} -->\n"
+
+
+def is_sealed(text: str) -> bool:
+    """Whether a text ends in such a line, be it true or not."""
+    return _SEAL.search(text) is not None
+
+
+def is_unedited(text: str) -> bool:
+    """Whether a text is what was sealed; line ends and blank lines at the end do not count."""
+    text = text.replace("\r\n", "\n")
+    match = _SEAL.search(text)
+    return match is not None and match[1] == _checksum(text[: match.start()].rstrip("\n") + "\n")
+
+
+def _checksum(body: str) -> str:
+    return hashlib.sha256(body.encode()).hexdigest()
+
+
+def runs_of(facts: dict) -> list[dict]:
+    """The runs that made the weights, first to last."""
+    runs = [facts]
+    while (earlier := runs[0].get("initialised_from")) and "clips" in earlier:
+        runs.insert(0, earlier)
+    return runs
+
+
+def render_card(folder: str | Path, records: dict[str, dict], repo_id: str | None = None) -> str:
+    """
+    The card of a release folder.
+
+    Args:
+        folder (`str` or `Path`): holds `training.json`, `config.json` and the weights.
+        records (`dict[str, dict]`): measurements by name, see [`measurements.find_records`]; those of other weights
+            are passed over.
+        repo_id (`str`, *optional*): the Hub repository that the examples load from. Without it the card is the one
+            that lies in this repository: the examples load the folder, and its figures stand between the comments that
+            scripts/update_numbers.py knows.
+
+    Returns:
+        `str`: the text, sealed.
+
+    Raises:
+        ValueError: if a file is missing or is not what it must be.
+    """
+    import jinja2  # torch brings it
+
+    folder = Path(folder)
+    facts, config = read_json(folder / "training.json"), read_json(folder / "config.json")
+    provenance = json.loads((TEMPLATES / "provenance.json").read_text())
+    records = _own_records(folder, records)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    template = environment.get_template("model_card.md.jinja")
+    try:
+        context = _context(facts, config, provenance, folder, records, repo_id)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'training.json'} lacks what the card states: {error!r}.") from error
+    return seal(re.sub(r"\n{3,}", "\n\n", template.render(**context)))
+
+
+def _context(facts: dict, config: dict, provenance: dict, folder: Path, records: dict, repo_id: str | None) -> dict:
+    """What the template names."""
+    runs = runs_of(facts)
+    data = sorted({name for run in runs for name in run.get("data", [])})
+    backbone = provenance["backbones"].get(config.get("backbone"), {})
+    name = repo_id.split("/")[-1] if repo_id else folder.resolve().name
+    metadata = _metadata(facts, provenance, data, records, name)
+    own = facts["settings"]
+    return {
+        "metadata": metadata.to_yaml(line_break="\n").strip(),
+        "title": f"DeformVOS {backbone['kind']}" if backbone else name,
+        "kind": backbone.get("kind", ""),
+        "picture": next((picture for picture in _PICTURES if (folder / picture).is_file()), None),
+        "published": repo_id is not None,
+        "model": repo_id or f"hub_cards/{name}",
+        "video": "video.mp4" if repo_id else "examples/bunny.mp4",
+        "mask": "first_mask.png" if repo_id else "examples/bunny_mask.png",
+        "parameters": f"{facts['parameters'] / 1e6:.2f}",
+        "scores": [_score(name, record, repo_id is None) for name, record in sorted(records.items())],
+        "clips": f"{sum(run['clips'] for run in runs):,}",
+        "minutes": f"{sum(run['minutes'] for run in runs):.0f}",
+        "precision": _PRECISIONS[own["mixed_precision"]],
+        "runs": _runs_table(runs),
+        "backbone_rate": f"{own['backbone_lr_scale']:g} times the learning rate for the backbone",
+        "data": _data_table(data, provenance),
+        "held_out": _HELD_OUT if "davis2016-train" in data else "",
+        "small_data": bool(data) and set(data) <= set(provenance["data"]),
+        "backbone": backbone.get("text", "The record of the training does not say what the backbone started from."),
+        "license": metadata.license,
+        "distilled": any("teacher" in run for run in runs),
+    }
+
+
+def _metadata(facts: dict, provenance: dict, data: list[str], records: dict, name: str) -> ModelCardData:
+    """What the Hub reads of a card."""
+    known = bool(data) and set(data) <= set(provenance["data"])
+    origin = facts.get("initialised_from", {}).get("name", "")
+    teacher = facts.get("teacher", {})
+    results = [result for _, record in sorted(records.items()) for result in _results(record)]
+    other = {} if known else {"license_name": "see-training-data"}
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="mask-generation",
+        license="cc-by-nc-4.0" if known else "other",
+        **other,
+        tags=_TAGS + (["knowledge-distillation"] if teacher else []),
+        datasets=data or None,
+        # Only a Hub repository can be named there; other origins are in the table of runs.
+        base_model=origin if _HUB_NAME.fullmatch(origin) else None,
+        model_name=name,
+        eval_results=results or None,
+    )
+
+
+def _results(record: dict) -> list[EvalResult]:
+    """The measures of a record, each with the command that measured it."""
+    title, dataset = _title(record), record["dataset"]
+    values = {"J&F": record["totals"]["J&F"], **{key: record["totals"][key]["mean"] for key in "JF"}}
+    names = {"J&F": "mean of J and F", "J": "region similarity J, mean", "F": "boundary accuracy F, mean"}
+    return [
+        EvalResult(
+            task_type="mask-generation",
+            task_name="Semi-supervised video object segmentation",
+            dataset_type=dataset["name"],
+            dataset_name=title,
+            dataset_split=dataset["split"],
+            metric_type=key.lower().replace("&", "-and-"),
+            metric_name=names[key],
+            metric_value=round(value, 4),
+            metric_args={"command": record["command"], "weights_sha256": record["weights_sha256"]},
+        )
+        for key, value in values.items()
+    ]
+
+
+def _title(record: dict) -> str:
+    dataset = record["dataset"]
+    return f"{_TITLES.get(dataset['name'], dataset['name'])} {dataset['split']}"
+
+
+def _score(name: str, record: dict, markers: bool) -> dict:
+    """A record's parts of the card, between markers where the card stays in this repository."""
+
+    def block(suffix: str, text: str) -> str:
+        begin, end = (f"<!-- numbers:{name}{suffix}:{side} -->" for side in ("begin", "end"))
+        return f"{begin}\n{text}\n{end}" if markers else text
+
+    return {
+        "title": _title(record),
+        "means": block("", measurements.render_means(record)),
+        "sequences": block(".sequences", measurements.render_sequences(record)),
+        "speed": measurements.render_speed(record),
+    }
+
+
+def _own_records(folder: Path, records: dict[str, dict]) -> dict[str, dict]:
+    """Those of the folder's own weights."""
+    weights = folder / "model.safetensors"
+    sha256 = measurements.sha256_of(weights) if weights.is_file() else None
+    own = {name: record for name, record in records.items() if sha256 and record.get("weights_sha256") == sha256}
+    return {name: record for name, record in own.items() if "totals" in record}
+
+
+def _stages(settings: dict) -> list[dict]:
+    """A run's curriculum, which a configuration holds as text or written out."""
+    stages = settings["stages"]
+    return json.loads(stages) if isinstance(stages, str) else stages
+
+
+def _runs_table(runs: list[dict]) -> str:
+    """A row a run: what it learned from, for how long, and on clips of which sizes."""
+    titles = "| run | learned from | steps | clips | minutes | clips of | learning rate |"
+    rows = [titles, "|---:|---|---:|---:|---:|---|---:|"]
+    for number, run in enumerate(runs, start=1):
+        settings = run["settings"]
+        clips = "; ".join(
+            "{}x{}, {} frames, {} a step".format(*stage["size"], stage["frames"], stage["batch"])
+            for stage in _stages(settings)
+        )
+        teacher = run.get("teacher", {}).get("name")
+        learned = _SOURCES[settings["supervision"]] + (f", distilled from {teacher}" if teacher else "")
+        numbers = f"{run['steps']:,} | {run['clips']:,} | {run['minutes']:.0f}"
+        rows.append(f"| {number} | {learned} | {numbers} | {clips} | {settings['learning_rate']:g} |")
+    return "\n".join(rows)
+
+
+def _data_table(data: list[str], provenance: dict) -> str:
+    """A row a data set, with its terms."""
+    if not data:
+        return "The record of the training does not name the data sets; whoever trained it knows them and their terms."
+    rows = ["| set | what | terms, as the source states them |", "|---|---|---|"]
+    for name in data:
+        entry = provenance["data"].get(name, {"title": name, "what": "-", "terms": "not recorded"})
+        rows.append(f"| {entry['title']} | {entry['what']} | {entry['terms']} |")
+    return "\n".join(rows)
+
+
+def publishable_card(folder: str | Path, records: dict[str, dict], repo_id: str) -> str:
+    """
+    The card to publish: rendered anew where the folder holds `training.json`, else the folder's own.
+
+    A README.md without the seal was written by hand: it is published as it is, sealed.
+
+    Raises:
+        ValueError: if there is nothing to render from, a rendered card was edited by hand, or the Hub could not read
+            its metadata.
+    """
+    folder = Path(folder)
+    readme, facts = folder / "README.md", folder / "training.json"
+    own = readme.read_text(encoding="utf-8") if readme.is_file() else None
+    if own is not None and is_sealed(own) and not is_unedited(own):
+        raise ValueError(
+            f"{readme} was rendered and then edited by hand: publishing renders it anew and would lose the edits. "
+            "Change what it is rendered from, or remove its last line, the comment with the checksum, to publish it as "
+            "it is."
+        )
+    if facts.is_file() and (own is None or is_sealed(own)):
+        text = render_card(folder, records, repo_id)
+    elif own is not None:
+        text = seal(_BLOCK.sub("", own))
+    else:
+        raise ValueError(f"{folder} has no README.md and no training.json to render one from.")
+    check_metadata(text, repo_id)
+    return text
+
+
+def check_metadata(text: str, name: str) -> None:
+    """
+    Raises:
+        ValueError: if a card has no metadata that the Hub could read, or no licence.
+    """
+    try:
+        data = ModelCard(text, ignore_metadata_errors=False).data.to_dict()
+    except Exception as error:  # huggingface_hub raises what its YAML reader and its own checks raise
+        raise ValueError(f"The metadata of the card of {name} cannot be read: {error}") from error
+    missing = [key for key in ("license", "library_name", "pipeline_tag") if not data.get(key)]
+    if missing:
+        raise ValueError(f"The card of {name} lacks {', '.join(missing)} in its metadata, between the lines of `---`.")
+
+
+def read_json(path: Path) -> dict:
+    """
+    Raises:
+        ValueError: if the file is missing or does not hold a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing.") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}.")
+    return content
+
+
+__all__ = ["check_metadata", "is_sealed", "is_unedited", "publishable_card", "render_card", "runs_of", "seal"]

@@ -1,0 +1,156 @@
+"""Records of evaluations as `deformvos evaluate --json` and docs/numbers hold them, and the tables that show them."""
+
+import hashlib
+import json
+from pathlib import Path
+
+
+_ENDINGS = {"mean": "", "recall": "-recall", "decay": "-decay"}
+MEASURES = ("JF", "J", "J-recall", "J-decay", "F", "F-recall", "F-decay")
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def as_record(report: dict, model: str, weights: Path, command: str) -> dict:
+    """What is kept of an evaluation's report: no value a frame, no path of the machine it ran on."""
+    kept = ("name", "J&F", "J", "F")
+    return {
+        "model": model,
+        "weights_sha256": report["weights_sha256"],
+        "weights_bytes": weights.stat().st_size,
+        "command": command,
+        "facts": report["model"],
+        "hardware": report["hardware"],
+        "versions": report["versions"],
+        "dataset": {key: value for key, value in report["dataset"].items() if key != "root"},
+        "totals": report["totals"],
+        "sequences": [{key: scores[key] for key in kept} for scores in report["sequences"]],
+    }
+
+
+def find_records(places: list[Path], weights: Path) -> dict[str, dict]:
+    """
+    The measurements of these very weights.
+
+    Args:
+        places (list of `Path`): records, reports of `deformvos evaluate --json`, or folders of them.
+        weights (`Path`): the safetensors file; a measurement counts if it names its SHA-256.
+
+    Returns:
+        `dict[str, dict]`: records by file name without `.json`; those of other weights, of other kinds, and without
+        scores are left out.
+
+    Raises:
+        ValueError: if a place is no file or folder, or a named file is no JSON.
+    """
+    if not weights.is_file():
+        return {}
+    sha256, found = sha256_of(weights), {}
+    for place in places:
+        if not place.exists():
+            raise ValueError(f"There are no measurements at {place}: it does not exist.")
+        for path in sorted(place.glob("*.json")) if place.is_dir() else [place]:
+            try:
+                record = json.loads(path.read_text())
+            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                raise ValueError(f"{path} is no JSON: {error}") from error
+            if not isinstance(record, dict) or record.get("weights_sha256") != sha256 or "totals" not in record:
+                continue
+            if "facts" not in record:
+                record = as_record(record, "", weights, record["command"])
+            if record["totals"].get("J&F") is not None and record["facts"] is not None:
+                found[path.stem] = record
+    return found
+
+
+def measures_of(scores: dict) -> dict[str, float]:
+    """The seven measures of a summary, by the names that markers use (which have no `&`)."""
+    return {
+        "JF": scores["J&F"],
+        **{f"{key}{end}": scores[key][name] for key in "JF" for name, end in _ENDINGS.items()},
+    }
+
+
+def fields_of(record: dict) -> dict[str, str]:
+    """Every single value that a text may state, as it is written there."""
+    totals = record["totals"]
+    return {name: f"{value:.3f}" for name, value in measures_of(totals).items()} | {
+        "parameters": f"{record['facts']['num_parameters'] / 1e6:.2f} M",
+        "megabytes": f"{record['weights_bytes'] / 1e6:.1f} MB",
+        "frames-per-second": f"{totals['frames_per_second']:.1f}",
+        "network-ms": f"{totals['network_ms_median']:.0f} ms",
+        "num-sequences": str(record["dataset"]["num_sequences"]),
+        "num-frames": str(record["dataset"]["num_frames"]),
+    }
+
+
+def table(titles: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, the first column to the left and the others to the right."""
+    lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def hardware_of(record: dict) -> str:
+    """The machine, precision and threads of a measurement."""
+    hardware = record["hardware"]
+    return f"{hardware['dtype']} on {hardware['device_name']} ({hardware['threads_per_process']} threads)"
+
+
+def render_means(record: dict) -> str:
+    """A Markdown table of one record's means, and how it was measured."""
+    fields = fields_of(record)
+    columns = {name.replace("JF", "J&F").replace("-", " "): fields[name] for name in MEASURES}
+    columns |= {"parameters": fields["parameters"], "weights": fields["megabytes"]}
+    columns |= {"network, a frame": fields["network-ms"], "whole stream, frames/s": fields["frames-per-second"]}
+    origin = (
+        f"`{record['command']}`: {fields['num-sequences']} sequences, {fields['num-frames']} frames, in "
+        f"{hardware_of(record)}, PyTorch {record['versions']['torch']}; weights sha256 "
+        f"`{record['weights_sha256'][:12]}…`."
+    )
+    rows = [" | ".join(columns), " | ".join(["---:"] * len(columns)), " | ".join(columns.values())]
+    return "\n".join(f"| {row} |" for row in rows) + "\n\n" + origin
+
+
+def render_sequences(record: dict) -> str:
+    """A Markdown table with one row a sequence."""
+    rows = ["| sequence | J&F | J | F |", "|---|---:|---:|---:|"]
+    for scores in sorted(record["sequences"], key=lambda scores: scores["name"]):
+        measures = measures_of(scores)
+        rows.append(f"| {scores['name']} | {measures['JF']:.3f} | {measures['J']:.3f} | {measures['F']:.3f} |")
+    return "\n".join(rows)
+
+
+def render_speed(record: dict) -> str:
+    """One sentence: time, rate, cost and memory of one stream."""
+    totals, facts, fields = record["totals"], record["facts"], fields_of(record)
+    parts = [f"{fields['network-ms']} a frame in the network (median)"]
+    parts.append(f"{fields['frames-per-second']} frames a second with decoding, resizing and writing masks")
+    if facts.get("macs"):
+        height, width = facts["macs_network_size"]
+        parts.append(f"{facts['macs'] / 1e9:.2f} GMACs a frame of {width}x{height}")
+    if totals.get("peak_memory_bytes"):
+        parts.append(f"at most {totals['peak_memory_bytes'] / 2**20:.0f} MiB of memory, PyTorch included")
+    if totals.get("peak_device_memory_bytes"):
+        parts.append(f"{totals['peak_device_memory_bytes'] / 2**20:.0f} MiB of them on the device")
+    return f"{hardware_of(record)}: {'; '.join(parts)}."
+
+
+__all__ = [
+    "MEASURES",
+    "as_record",
+    "fields_of",
+    "find_records",
+    "measures_of",
+    "render_means",
+    "render_sequences",
+    "render_speed",
+    "sha256_of",
+    "table",
+]

@@ -1,0 +1,94 @@
+"""A training run's output turned into a release folder: weights in half precision, configurations, record, card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..image_processing_deformvos import DeformVosImageProcessor
+from ..modeling_deformvos import DeformVosModel
+from ..processing_deformvos import DeformVosProcessor
+from .cards import read_json, render_card
+
+
+# What of a run's settings tells how the weights came about; the others are paths and bookkeeping.
+SETTINGS = (
+    "supervision att_weight intra_weight inter_weight kl_weight representation_weight temperature stages "
+    "video_share max_gap max_objects paste distractor occluder own_masks_start own_masks_end own_masks_from "
+    "own_masks_until ce_weight jaccard_weight bootstrap_share learning_rate backbone_lr_scale offset_lr_scale "
+    "warm_up poly_power weight_decay max_grad_norm ema_decay mixed_precision seed"
+).split()
+_SOURCES = ("davis_dirs", "youtube_vos_dirs", "dataset_names", "static_dirs", "video_dirs")
+
+
+def release_run(
+    run: str | Path,
+    folder: str | Path,
+    short_side: int = 480,
+    memory_interval: int | None = None,
+    data: list[str] | None = None,
+    origins: dict | None = None,
+) -> dict:
+    """
+    Write a release folder's model files and `training.json`; the card is [`write_card`]'s.
+
+    Args:
+        run (`str` or `Path`): output folder of train_distill.py, with the averaged weights and `all_results.json`.
+        folder (`str` or `Path`): written to; it may be what the run started from.
+        short_side (`int`, defaults to 480): the processor's bound of the short side, in pixels.
+        memory_interval (`int`, *optional*): overrides the configuration's.
+        data (list of `str`, *optional*): names of the data sets, by default those of the folders that the run read.
+        origins (`dict`, *optional*): `initialised_from` and `teacher`, for runs whose results do not tell.
+
+    Returns:
+        `dict`: what `training.json` holds.
+
+    Raises:
+        ValueError: if the run has no results, or holds no DeformVOS model.
+    """
+    run, folder = Path(run), Path(folder)
+    results = read_json(run / "all_results.json")
+    recorded = {name: results[name] for name in ("initialised_from", "teacher") if name in results}
+    names = data if data is not None else data_names(results["config"])
+    model = DeformVosModel.from_pretrained(
+        run, **({} if memory_interval is None else {"memory_interval": memory_interval})
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_release(folder)
+    size = {"shortest_edge": short_side, "longest_edge": 1536}
+    DeformVosProcessor(DeformVosImageProcessor(size=size)).save_pretrained(folder)
+    facts = {
+        "steps": results["steps"],
+        "clips": results["clips"],
+        "minutes": round(results["minutes"], 1),
+        "parameters": results["parameters"],
+        **({"data": names} if names else {}),
+        "settings": {name: results["config"][name] for name in SETTINGS if name in results["config"]},
+        **(recorded or origins or {}),
+    }
+    (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    return facts
+
+
+def data_names(config: dict) -> list[str]:
+    """The names of the data sets that a run read, without the paths of the machine that it ran on."""
+    names = set()
+    for source in _SOURCES:
+        for place in config.get(source) or []:
+            path = Path(place.removesuffix(":merge").removesuffix(":ids"))
+            # A folder of several image sets is no set; its sub-folders are.
+            is_set = (path / "images").is_dir() or not path.is_dir()
+            inside = [part.name for part in path.iterdir() if (part / "images").is_dir()] if not is_set else []
+            hub_name = source == "dataset_names" and not path.exists()
+            names.update(inside if source == "static_dirs" and inside else [place if hub_name else path.name])
+    return sorted(names)
+
+
+def write_card(folder: str | Path, records: dict[str, dict], repo_id: str | None = None) -> Path:
+    """Render a release folder's README.md, see [`cards.render_card`]; its path."""
+    path = Path(folder) / "README.md"
+    path.write_text(render_card(folder, records, repo_id), encoding="utf-8")
+    return path
+
+
+__all__ = ["SETTINGS", "data_names", "release_run", "write_card"]

@@ -22,7 +22,7 @@ the request:
 * `cut_download`: announces the whole body, sends `after` bytes, drops the connection (`reset=True`: by RST, not FIN);
 * `drop_response`: does the work, then drops the connection without an answer;
 * `truncate`: keeps the first `after` bytes, of a PUT what is stored, of a GET what is sent, Content-Length agreeing;
-* `corrupt`: flips the bits of one byte, of a PUT in what is stored, of a GET in what is sent; the length stays;
+* `corrupt`: flips the bits of byte `at` (default: the middle), of a PUT in what is stored, of a GET in what is sent;
 * `wrong_sha`: the answer states another sha256 for large files (ETag, X-Linked-Etag, JSON) than their content has.
 
 Who notices what. The client compares *sizes* only: a truncated download, and (by `verify`) a truncated upload, fail;
@@ -230,10 +230,10 @@ def sha256_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def flipped(data: bytes) -> bytes:
-    """The same bytes but for the middle one."""
-    middle = len(data) // 2
-    return data[:middle] + bytes([data[middle] ^ 0xFF]) + data[middle + 1 :]
+def flipped(data: bytes, at: int | None = None) -> bytes:
+    """The same bytes but for one, by default the middle one."""
+    at = len(data) // 2 if at is None else at
+    return data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :]
 
 
 def front_matter(text: str) -> dict | None:
@@ -511,7 +511,9 @@ class Hub:
         info |= {"disabled": False, "downloads": 0, "likes": 0, "siblings": siblings, "cardData": card}
         info["tags"] = [tags] if isinstance(tags, str) else tags
         if repo.kind == "models":
-            info |= {name: card.get(name) for name in ("pipeline_tag", "library_name", "model-index")}
+            library = "transformers" if "config.json" in commit.files else None  # what the Hub infers without a card
+            info |= {"library_name": library, **{n: card[n] for n in ("pipeline_tag", "library_name") if n in card}}
+            info["model-index"] = card.get("model-index")
         if repo.kind == "spaces":
             info["sdk"] = card.get("sdk") or repo.sdk
         return info
@@ -799,7 +801,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     @staticmethod
     def _spoilt(body: bytes, kind: str, options: dict) -> bytes:
-        return body[: options.get("after", len(body) // 2)] if kind == "truncate" else flipped(body)
+        return body[: options.get("after", len(body) // 2)] if kind == "truncate" else flipped(body, **options)
 
     @staticmethod
     def _refusal(status=500, message=None, error_code=None, retry_after=None, headers=None) -> Reply:

@@ -285,4 +285,14 @@ def warn_of_damage(source: FileSource | FolderSource):
         )
 
 
-__all__ = ["IMAGE_SUFFIXES", "VideoError", "VideoFrame", "natural_key", "open_source", "read_image"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "FileSource",
+    "FolderSource",
+    "VideoError",
+    "VideoFrame",
+    "natural_key",
+    "open_source",
+    "read_image",
+    "warn_of_damage",
+]

@@ -20,10 +20,10 @@ PARTS = {
     "video": set(),
     "data": {"video"},
     "evaluation": {"video", "data"},
-    "training": {"video", "data", "evaluation"},
+    "training": {"video", "data", "evaluation", "publishing"},
     "export": set(),
     "publishing": {"video"},
-    "cli": {"video", "data", "evaluation"},
+    "cli": {"video", "data", "evaluation", "publishing"},
 }
 
 
@@ -120,5 +120,5 @@ def test_command_line_starts_without_the_extras():
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=240)
     assert result.returncode == 0, result.stderr
-    for command in ("segment", "evaluate", "score"):
+    for command in ("segment", "evaluate", "score", "publish", "publish-space"):
         assert command in result.stdout

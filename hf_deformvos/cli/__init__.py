@@ -11,18 +11,19 @@ import sys
 
 from hf_deformvos import __version__
 
-from . import evaluate, score, segment
+from . import evaluate, publish, score, segment
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all subcommands."""
     parser = argparse.ArgumentParser(
         prog="deformvos",
-        description="Follow objects through video from one mask: segment a video, evaluate a model, score masks.",
+        description="Follow objects through video from one mask: segment a video, evaluate a model, score masks, "
+        "publish a model.",
     )
     parser.add_argument("--version", action="version", version=f"deformvos {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (segment, evaluate, score):
+    for command in (segment, evaluate, score, publish):
         command.add_parser(subparsers)
     return parser
 

@@ -258,8 +258,8 @@ def publishable_card(folder: str | Path, records: dict[str, dict], repo_id: str)
     if own is not None and is_sealed(own) and not is_unedited(own):
         raise ValueError(
             f"{readme} was rendered and then edited by hand: publishing renders it anew and would lose the edits. "
-            "Change what it is rendered from, or remove its last line, the comment with the checksum, to publish it as "
-            "it is."
+            "Change what it is rendered from, or remove its last line, the comment with the checksum, to publish it "
+            "as it is."
         )
     if facts.is_file() and (own is None or is_sealed(own)):
         text = render_card(folder, records, repo_id)

@@ -7,6 +7,7 @@ to start more than one, whereas `--multi_gpu` is its name for torchrun, and does
 
 import hashlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -29,7 +30,7 @@ from accelerate.state import AcceleratorState, GradientState
 import train_distill
 from hf_deformvos.data import AugmentConfig, ClipSampler, RawBatch, load_static_sets
 from hf_deformvos.training import SegmentationTask, Trainer, TrainingConfig
-from hf_deformvos.training.checkpoint import find_checkpoint, list_checkpoints, write_checkpoint
+from hf_deformvos.training.checkpoint import STATE_FILE, find_checkpoint, list_checkpoints, write_checkpoint
 from hf_deformvos.training.ema import WeightAverage
 from hf_deformvos.training.optimization import learning_rate_factor, parameter_groups
 
@@ -275,6 +276,36 @@ def test_checkpoints_of_another_student_are_refused(tmp_path):
 # ---- results --------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def warnings_of_package(caplog):
+    """transformers' loggers do not propagate; this lets caplog see ours."""
+    logger = logging.getLogger("hf_deformvos")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def test_what_has_changed_since_the_checkpoint_is_named(tmp_path, warnings_of_package):
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    (teacher / "all_results.json").write_text('{"sha256": "one"}')
+    trainer = make_trainer(tmp_path, Interrupted(sampler_of(tmp_path), 3))
+    trainer.config.teacher = str(teacher)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    (path,) = (tmp_path / "run").glob(f"checkpoint-*/{STATE_FILE}")
+    state = json.loads(path.read_text())
+    assert state["processes"] == 1
+    path.write_text(json.dumps({**state, "processes": 2}))
+    (teacher / "all_results.json").write_text('{"sha256": "other"}')
+    trainer = make_trainer(tmp_path, color=0.5, resume_from_checkpoint="latest")
+    trainer.config.teacher = str(teacher)
+    results = trainer.train()
+    assert "color 1.0 -> 0.5, processes 2 -> 1" in warnings_of_package.text
+    assert f"The teacher in {teacher} is not the one that this run began with" in warnings_of_package.text
+    assert results["teacher"]["sha256"] == "one", "the lineage is that of the beginning"
+
+
 def test_results_state_what_was_done(tmp_path):
     # Seven steps and a log line every four: the last three steps are logged, too.
     results = make_trainer(tmp_path, max_train_steps=7, logging_steps=4, checkpointing_steps=0).train()
@@ -355,6 +386,23 @@ def test_steps_without_a_finite_gradient_are_skipped(tmp_path):
 
 
 # ---- accumulation and teachers --------------------------------------------------------------------------------------
+
+
+def test_gradients_of_what_is_computed_in_float32_are_float32(tmp_path):
+    seen = []
+
+    class Watched(SegmentationTask):
+        """Tells whether autocast is on when a step goes forward and backward."""
+
+        def forward(self, batch, plan, generator):
+            losses = super().forward(batch, plan, generator)
+            seen.append(torch.is_autocast_enabled("cpu"))
+            losses["loss"].register_hook(lambda gradient: seen.append(torch.is_autocast_enabled("cpu")))
+            return losses
+
+    config = settings(tmp_path, mixed_precision="bf16", max_train_steps=1, checkpointing_steps=0)
+    Trainer(config, Watched(Toy()), sampler_of(tmp_path)).train()
+    assert seen == [True, False]
 
 
 def test_accumulating_two_halves_equals_one_whole(tmp_path, still):
@@ -552,6 +600,11 @@ MISTAKES = {
     "negative steps": (["--max_train_steps", "-1"], "`max_train_steps` must be at least 1, got -1"),
     "push without a name": (["--push_to_hub"], "`push_to_hub` needs `hub_model_id`"),
     "bad student": (["--student", "{tmp}/student.json", "--static_dirs", "{tmp}/sets"], "hidden_size"),
+    "student is no JSON": (
+        ["--student", "{tmp}/broken.json", "--static_dirs", "{tmp}/sets"],
+        "broken.json' must be a",
+    ),
+    "student is no map": (["--student", "{tmp}/list.json", "--static_dirs", "{tmp}/sets"], "got list"),
     "nothing held out": (["--eval_steps", "2", "--davis_dirs", "{tmp}/davis"], "none of the held-out sequences"),
 }
 
@@ -564,6 +617,7 @@ def test_mistakes_end_with_one_line_and_exit_code_2(tmp_path, capsys, mistake):
         "map.json": "{}",
         "list.json": "[]",
         "broken.yaml": "a: [",
+        "broken.json": "{",
         "unknown.json": '{"learning_speed": 1}',
         "typed.json": '{"max_gap": "x"}',
         "student.json": '{"hidden_size": "wide"}',

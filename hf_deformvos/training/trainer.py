@@ -117,6 +117,7 @@ class Trainer:
         self._evaluated_step = -1
         self._last_line: dict[str, float] = {}
         self._resumed_at, self._resumed_progress = 0.0, 0.0
+        self._origins: dict | None = None
 
     # ---- schedule ---------------------------------------------------------------------------------------------------
 
@@ -158,6 +159,9 @@ class Trainer:
                 f"`output_dir` {config.output_dir!r} holds an earlier run's checkpoints; continue it with "
                 "`resume_from_checkpoint` latest, or name another folder."
             )
+        if self._origins is None:
+            # Now, not at the end: by then another model may lie in the folder of the one that this run started from.
+            self._origins = lineage(config)
         # Before a first step of a quick process can write a checkpoint that a slow one would take for another run's.
         self.accelerator.wait_for_everyone()
         self.log.start(self.step, config.to_dict())
@@ -214,8 +218,10 @@ class Trainer:
             times["augment"] += time.perf_counter() - arrived
             # Anything in the student that draws from the global generators is tied to the batch number, too.
             torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
-            with _sync(accelerator, self.task.student, last), accelerator.autocast():
-                losses = self.task(batch, plan, generator)
+            with _sync(accelerator, self.task.student, last):
+                with accelerator.autocast():
+                    losses = self.task(batch, plan, generator)
+                # Under autocast, what the losses compute in float32 would go backward in half precision.
                 with self.task.stopwatch.part("backward"):
                     accelerator.backward(losses["loss"] / config.gradient_accumulation_steps)
             for name, value in losses.items():
@@ -356,6 +362,8 @@ class Trainer:
                 "clips": self.clips,
                 "best": self.best if math.isfinite(self.best) else None,
                 "average_updates": self.average.updates,
+                "origins": self._origins,
+                "processes": self.accelerator.num_processes,
                 "config": self.config.to_dict(),
             }
             path = write_checkpoint(self.output_dir, self.step, write, state, self.config.checkpoints_total_limit)
@@ -370,7 +378,7 @@ class Trainer:
             logger.warning(f"No checkpoint in {self.output_dir}; training starts afresh.")
             return
         state = json.loads((path / STATE_FILE).read_text())
-        self._warn_of_changes(state["config"])
+        self._warn_of_changes(state["config"], state.get("processes"))
         try:
             self.student.load_state_dict(load_file(path / "training" / "student.safetensors"))
         except RuntimeError as error:
@@ -383,13 +391,18 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         self.step, self.elapsed, self.clips = state["step"], state["elapsed"], state["clips"]
         self.best = -math.inf if state["best"] is None else state["best"]
+        self._origins = state.get("origins")
+        if self._origins is not None and _teacher_hash(self._origins) != _teacher_hash(lineage(self.config)):
+            logger.warning(f"The teacher in {self.config.teacher} is not the one that this run began with.")
         self._resumed_at, self._resumed_progress = self.elapsed, self.progress_at(self.step, self.elapsed)
         logger.info(f"Resumed from {path} at step {self.step}, {self.elapsed / 60:.1f} minutes.")
 
-    def _warn_of_changes(self, before: dict) -> None:
-        """Says which settings are not those that the checkpoint was written with."""
+    def _warn_of_changes(self, before: dict, processes: int | None) -> None:
+        """Says which settings, and numbers of processes, are not those that the checkpoint was written with."""
         free = {"output_dir", "resume_from_checkpoint", "cache_dir", "data_workers", "logging_steps"}
         now = self.config.to_dict()
+        if processes is not None:
+            before, now = before | {"processes": processes}, now | {"processes": self.accelerator.num_processes}
         changed = [name for name in now if name not in free and name in before and before[name] != now[name]]
         if changed:
             listed = ", ".join(f"{name} {before[name]!r} -> {now[name]!r}" for name in changed)
@@ -399,7 +412,7 @@ class Trainer:
         """Saves the model and the results."""
         if self.config.eval_steps and self._evaluated_step != self.step:
             self._run_evaluation()
-        origins = lineage(self.config)
+        origins = self._origins
         results = {
             "steps": self.step,
             "minutes": self.elapsed / 60,
@@ -435,6 +448,11 @@ class Trainer:
             allow_patterns=["*.safetensors", "*config.json", "README.md", "all_results.json"],
             ignore_patterns=["checkpoint-*/*", "best/*"],
         )
+
+
+def _teacher_hash(origins: dict) -> str | None:
+    """What stands for the teacher's weights, where its record tells."""
+    return origins.get("teacher", {}).get("sha256")
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:

@@ -34,6 +34,7 @@ from test_trainer import (
     settings,
     sha256,
     still,  # noqa: F401  a fixture
+    warnings_of_package,  # noqa: F401  a fixture
 )
 from torch import nn
 
@@ -49,6 +50,7 @@ from hf_deformvos.training import (
     Trainer,
 )
 from hf_deformvos.training.lineage import describe_origin, lineage, total_clips
+from hf_deformvos.training.models import build_student, build_teacher
 from hf_deformvos.training.optimization import FreezeSchedule
 from hf_deformvos.training.runlog import RunLog
 from hf_deformvos.training.sources import open_data, open_evaluation
@@ -481,6 +483,36 @@ def test_every_kind_of_source_is_opened(tmp_path, monkeypatch):
     assert open_evaluation(settings(tmp_path), data) is None
 
 
+def test_models_of_another_kind_are_refused(tmp_path):
+    from transformers import Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=28)
+    Dinov2Model(config).save_pretrained(tmp_path / "vit")
+    other, message = str(tmp_path / "vit"), "must be a DeformVOS model, got .*, a Dinov2Model"
+    with pytest.raises(ValueError, match=f"`teacher` {message}"):
+        build_teacher(settings(tmp_path, teacher=other))
+    with pytest.raises(ValueError, match=f"`student` {message}"):
+        build_student(settings(tmp_path, student=other))
+    with pytest.raises(ValueError, match=f"`init_from` {message}"):
+        build_student(settings(tmp_path, init_from=other))
+
+
+def test_a_fresh_student_takes_over_what_is_not_excepted(tmp_path, warnings_of_package):  # noqa: F811
+    given = tiny(5)
+    given.save_pretrained(tmp_path / "given")
+    (tmp_path / "student.json").write_text(json.dumps({**TINY_CONFIG, "hiden_size": 32}))
+    fresh = {"student": str(tmp_path / "student.json"), "init_from": str(tmp_path / "given")}
+    student = build_student(settings(tmp_path, **fresh, init_except=["decoder.classifier", "identity_bank"]))
+    assert "no model has hiden_size" in warnings_of_package.text
+    for name, value in student.state_dict().items():
+        if name.startswith(("decoder.classifier.weight", "identity_bank.embed.weight")):
+            assert not torch.equal(value, given.state_dict()[name]), name
+        elif not name.startswith(("decoder.classifier", "identity_bank")):
+            assert torch.equal(value, given.state_dict()[name]), name
+    with pytest.raises(ValueError, match=r"`init_except` must hold parts of the names of .*, got decodr"):
+        build_student(settings(tmp_path, **fresh, init_except=["decodr", "identity_bank"]))
+
+
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -513,6 +545,16 @@ def taught_run(tmp_path_factory):
     }
     (folder / "config.json").write_text(json.dumps(values))
     return folder
+
+
+def test_held_out_sequences_are_left_out_of_plain_videos(taught_run, tmp_path):
+    davis = taught_run / "davis"
+    for name in ("ant", "swing"):
+        shutil.copytree(davis / "JPEGImages" / "480p" / "ant", tmp_path / "plain" / name)
+        shutil.copy(davis / "Annotations" / "480p" / "ant" / "00000.png", tmp_path / "plain" / f"{name}.png")
+    config = settings(tmp_path, teacher=str(taught_run / "teacher"), cache_dir=str(tmp_path / "cache"))
+    store = build_teacher(config).label(str(tmp_path / "plain"), config, "cpu")
+    assert list(store.sequences) == ["ant"]
 
 
 @pytest.mark.slow

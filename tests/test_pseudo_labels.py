@@ -417,6 +417,18 @@ def test_folder_mistakes(tmp_path, teacher, processor, options, warnings_of_pack
         label(only_bad)
 
 
+def test_excluded_videos_are_left_out_by_name(tmp_path, teacher, processor, options, warnings_of_package):
+    root = tmp_path / "videos"
+    write_frames(root / "mine")
+    write_frames(root / "swing")
+    write_video(root / "flamingo.mp4")
+    store = label_videos(root, teacher, processor, exclude=("swing", "flamingo", "kite-walk"), **options)
+    assert list(store.sequences) == ["mine"]
+    assert "flamingo, swing are left out" in warnings_of_package.text
+    with pytest.raises(ValueError, match="and there are no others"):
+        label_videos(root, teacher, processor, exclude=("swing", "flamingo", "mine"), **options)
+
+
 def peak_of_labelling(tmp_path, frames: int, mask: bool) -> int:
     root = tmp_path / f"videos-{frames}-{mask}"
     write_frames(root / "clip", frames=frames, mask=mask, size=(96, 224))

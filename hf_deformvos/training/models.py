@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from transformers import AutoModel, AutoProcessor
 from transformers.utils import logging
 
 from ..configuration_deformvos import DeformVosConfig
+from ..data.davis import HELD_OUT_SEQUENCES
 from ..data.store import FrameStore
 from ..data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ..modeling_deformvos import DeformVosModel
@@ -20,12 +22,39 @@ from .task import SegmentationTask
 logger = logging.get_logger(__name__)
 
 _BUNDLED = "hub_cards/"
+# What config.json may hold besides the settings of a model.
+_CONFIG_EXTRAS = {"auto_map", "custom_pipelines", "torch_dtype"}
+
+
+def _load_model(source: str, setting: str) -> DeformVosModel:
+    """A saved model in float32; a `ValueError` where it is of another kind."""
+    model = AutoModel.from_pretrained(source, dtype="float32")
+    if not isinstance(model, DeformVosModel):
+        raise ValueError(f"`{setting}` must be a DeformVOS model, got {source!r}, a {type(model).__name__}.")
+    return model
+
+
+def read_model_config(path: str) -> DeformVosConfig:
+    """The configuration of a fresh model; what it holds that no model has is warned of."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"`student` {path!r} must be a model's configuration in JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"`student` {path!r} must map a model's settings to values, got {type(values).__name__}.")
+    unknown = sorted(set(values) - set(DeformVosConfig().to_dict()) - _CONFIG_EXTRAS)
+    if unknown:
+        logger.warning(f"{path}: no model has {', '.join(unknown)}; what they should set stays as it is by default.")
+    return DeformVosConfig(**values)
 
 
 def take_over_weights(student: DeformVosModel, source: str, excepted: Sequence[str] = ()) -> None:
     """Copies every weight of another model whose name, without `excepted` in it, and shape the student shares."""
-    given = AutoModel.from_pretrained(source, dtype="float32").state_dict()
+    given = _load_model(source, "init_from").state_dict()
     own = student.state_dict()
+    idle = [part for part in excepted if not any(part in name for name in given)]
+    if idle:
+        raise ValueError(f"`init_except` must hold parts of the names of {source}'s weights, got {', '.join(idle)}.")
     shared = {
         name: value
         for name, value in given.items()
@@ -41,7 +70,7 @@ def build_student(config: TrainingConfig) -> DeformVosModel:
     """A fresh or saved student in float32, the frozen part of its backbone frozen."""
     if config.student == "none" or config.student.endswith(".json"):
         fresh = config.student == "none"
-        student = DeformVosModel(DeformVosConfig() if fresh else DeformVosConfig.from_json_file(config.student))
+        student = DeformVosModel(DeformVosConfig() if fresh else read_model_config(config.student))
         if config.init_from:
             take_over_weights(student, config.init_from, config.init_except)
         if config.init_backbone:
@@ -51,7 +80,7 @@ def build_student(config: TrainingConfig) -> DeformVosModel:
     for name in ("init_backbone", "init_from"):
         if getattr(config, name):
             raise ValueError(f"`{name}` is for a fresh student; {config.student!r} brings its own weights.")
-    student = AutoModel.from_pretrained(config.student, dtype="float32")
+    student = _load_model(config.student, "student")
     student.backbone.freeze_pretrained()
     return student
 
@@ -78,7 +107,7 @@ class Teacher:
         if folder.is_dir() and not any(folder.glob("*.safetensors")):
             raise ValueError(f"`teacher` {source!r} must be a folder with a trained model; it has no *.safetensors.")
         try:
-            self.model: DeformVosModel = AutoModel.from_pretrained(source, dtype="float32").eval()
+            self.model = _load_model(source, "teacher").eval()
             self.processor = AutoProcessor.from_pretrained(source)
         except OSError as error:
             reason = " ".join(str(error).split())[:300]
@@ -96,7 +125,7 @@ class Teacher:
         self.model.fold_batch_norm()
 
     def label(self, folder: str, config: TrainingConfig, device) -> FrameStore:
-        """Masks for a folder of plain videos."""
+        """Masks for a folder of plain videos; sequences that no run trains on are left out."""
         from .pseudo_labels import label_videos
 
         return label_videos(
@@ -104,6 +133,7 @@ class Teacher:
             self.model.to(device),
             self.processor,
             config.video_short_side,
+            exclude=HELD_OUT_SEQUENCES,
             max_proposals=config.max_proposals,
             cache_dir=config.cache_dir,
             on_error=config.on_data_error,

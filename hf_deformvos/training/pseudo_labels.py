@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -213,6 +213,7 @@ def label_videos(
     on_error: str = "skip",
     device: torch.device | str | None = None,
     show_progress_bar: bool = True,
+    exclude: Sequence[str] = (),
 ) -> FrameStore:
     """
     Opens a folder of plain videos as a [`FrameStore`], labelled by a teacher at first use.
@@ -238,15 +239,23 @@ def label_videos(
             uses the frames that decode. `"raise"` refuses them.
         device (`torch.device` or `str`, *optional*): Where to label; by default where the teacher is.
         show_progress_bar (`bool`): Whether labelling shows a bar, a step a video.
+        exclude (sequence of `str`): Names of videos to leave out, without suffix.
 
     Raises:
-        ValueError: If the folder holds no video, an argument is out of range, no video can be labelled, or one cannot
-            and `on_error` is `"raise"`.
+        ValueError: If the folder holds no other video, an argument is out of range, no video can be labelled, or one
+            cannot and `on_error` is `"raise"`.
     """
     if on_error not in ("skip", "raise"):
         raise ValueError(f'`on_error` must be "skip" or "raise", got {on_error!r}.')
     settings = LabelSettings(short_side, max_frames, max_proposals)
-    videos, strays = find_videos(folder)
+    found, strays = find_videos(folder)
+    videos = [video for video in found if video.name not in exclude]
+    if len(videos) < len(found):
+        names = ", ".join(video.name for video in found if video.name in exclude)
+        message = f"{folder}: {names} are left out: sequences of these names are not to be trained on"
+        if not videos:
+            raise ValueError(f"{message}, and there are no others; rename what is not one of them.")
+        logger.warning(f"{message}; rename what is not one of them.")
     if strays:
         listed = ", ".join(path.name for path in strays[:10]) + (" ..." if len(strays) > 10 else "")
         message = f"{folder}: {len(strays)} images are the mask of no video: {listed}"

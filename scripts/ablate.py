@@ -114,6 +114,8 @@ def read_table(path: Path, changes: list[str]) -> Table:
     if not train.get("max_train_steps") or train.get("max_train_minutes"):
         raise EvidenceError("Rows are compared at equal steps: `train` needs `max_train_steps`, and no minutes.")
     TrainingConfig(**train)
+    if unknown := sorted(set(content.get("model", {})) - set(DeformVosConfig().to_dict())):
+        raise EvidenceError(f"`model` of {path} sets {unknown}, which no model has.")
     rows = {}
     for name, values in content["rows"].items():
         values = {"seeds": content.get("seeds", [0]), **values}
@@ -159,8 +161,9 @@ def _check_row(row: Row, train: dict) -> None:
         raise EvidenceError(f"Row {row.name!r} must not set {wrong}: steps, clips and starts are the same for all.")
     TrainingConfig(**{**train, **row.train, "supervision": "labels"})
     DeformVosConfig(**row.model)
-    if unknown := sorted(set(row.override) - set(DeformVosConfig().to_dict())):
-        raise EvidenceError(f"Row {row.name!r} overrides {unknown}, which no model has.")
+    # Configurations take any name, and a misspelt one would change nothing.
+    if unknown := sorted({*row.model, *row.override} - set(DeformVosConfig().to_dict())):
+        raise EvidenceError(f"Row {row.name!r} sets {unknown}, which no model has.")
 
 
 def needs_teacher(settings: dict) -> bool:

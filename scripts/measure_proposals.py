@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from evidence import guarded
 from PIL import Image
 from transformers import Dinov2Backbone
 
@@ -61,8 +63,8 @@ def intersection_over_union(mask: np.ndarray, truth: np.ndarray) -> float:
     return float((mask & truth).sum() / union) if union else 1.0
 
 
-def main() -> None:
-    """Measures and prints a line a sequence, then the means."""
+def main() -> int:
+    """Measures and prints a line a sequence, then the means; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--davis", required=True, metavar="DIR", help="DAVIS-layout folder, training sequences")
     parser.add_argument("--model", required=True, metavar="DIR", help="whose tokens are cut, and who draws anew")
@@ -103,7 +105,8 @@ def main() -> None:
         if values:
             above = sum(value > 0.5 for value in values)
             print(f"{kind}: mean IoU {np.mean(values):.3f}, above 0.5 in {above} of {len(values)}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

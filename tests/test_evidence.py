@@ -116,6 +116,11 @@ def test_the_table_has_the_rows_that_are_asked_for():
         ({"pairs": [["full", "nothing"]]}, "must name rows"),
         ({"train": {"max_train_minutes": 5}}, "equal steps"),
         ({"row": {}}, "unknown parts"),
+        (
+            {"rows": {"a": {"title": "a", "model": {"use_offset": False}}}},
+            r"'a' sets \['use_offset'\], which no model",
+        ),
+        ({"model": {"hiden_size": 8}}, r"`model` of .* sets \['hiden_size'\], which no model"),
     ],
 )
 def test_mistakes_in_the_table_are_named(tmp_path, changes, message):

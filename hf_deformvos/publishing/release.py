@@ -24,7 +24,7 @@ _SOURCES = ("davis_dirs", "youtube_vos_dirs", "dataset_names", "static_dirs", "v
 def release_run(
     run: str | Path,
     folder: str | Path,
-    short_side: int = 480,
+    short_side: int | None = None,
     memory_interval: int | None = None,
     data: list[str] | None = None,
     origins: dict | None = None,
@@ -35,7 +35,7 @@ def release_run(
     Args:
         run (`str` or `Path`): output folder of train_distill.py, with the averaged weights and `all_results.json`.
         folder (`str` or `Path`): written to; it may be what the run started from.
-        short_side (`int`, defaults to 480): the processor's bound of the short side, in pixels.
+        short_side (`int`, *optional*): the processor's bound of the short side, in pixels; by default the run's.
         memory_interval (`int`, *optional*): overrides the configuration's.
         data (list of `str`, *optional*): names of the data sets, by default those of the folders that the run read.
         origins (`dict`, *optional*): `initialised_from` and `teacher`, for runs whose results do not tell.
@@ -55,8 +55,11 @@ def release_run(
     )
     folder.mkdir(parents=True, exist_ok=True)
     model.save_release(folder)
-    size = {"shortest_edge": short_side, "longest_edge": 1536}
-    DeformVosProcessor(DeformVosImageProcessor(size=size)).save_pretrained(folder)
+    if short_side is None:
+        DeformVosProcessor.from_pretrained(run).save_pretrained(folder)
+    else:
+        size = {"shortest_edge": short_side, "longest_edge": 1536}
+        DeformVosProcessor(DeformVosImageProcessor(size=size)).save_pretrained(folder)
     facts = {
         "steps": results["steps"],
         "clips": results["clips"],

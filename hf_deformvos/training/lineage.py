@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers.utils import cached_file, logging
 
+from ..publishing.release import data_names
 from .config import PATH_SETTINGS, TrainingConfig
 
 
@@ -48,8 +49,8 @@ def describe_origin(source: str) -> dict:
         source (`str`): Whose weights a run starts from, or distils.
 
     Returns:
-        `dict`: `name`; and of the run that made it, where that is recorded, steps, clips, minutes, settings without
-        paths, and its own `initialised_from` and `teacher`.
+        `dict`: `name`; and of the run that made it, where that is recorded, steps, clips, minutes, data, settings
+        without paths, and its own `initialised_from` and `teacher`.
     """
     # A path of this machine says nothing elsewhere.
     is_path = Path(source).exists() or Path(source).is_absolute()
@@ -59,6 +60,10 @@ def describe_origin(source: str) -> dict:
         return {**origin, "note": "there is no record of its training"}
     origin.update({name: record[name] for name in _FACTS if name in record})
     settings = record.get("settings", record.get("config")) or {}
+    # Which sets it was trained on, not where they lay.
+    data = record.get("data") or data_names(record.get("config") or {})
+    if data:
+        origin["data"] = data
     known = {item.name for item in fields(TrainingConfig)} - _PRIVATE
     origin["settings"] = {name: value for name, value in settings.items() if name in known and not _names_file(value)}
     for name in ("initialised_from", "teacher"):

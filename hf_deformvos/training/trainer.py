@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ from transformers.utils import logging
 
 from ..data.clips import ClipSampler, Prefetcher
 from ..data.transforms import augment_clips
+from ..publishing.hub import Target
 from .checkpoint import STATE_FILE, find_checkpoint, list_checkpoints, write_checkpoint
 from .config import Stage, TrainingConfig
 from .ema import WeightAverage
@@ -78,6 +80,8 @@ class Trainer:
                 f"`supervision` {config.supervision!r} needs a teacher to make pseudo-labels; give `teacher`, or use "
                 "supervision labels."
             )
+        if config.push_to_hub:
+            Target(config.hub_model_id)  # a wrong name is told before the run rather than after it
         self.config, self.task, self.sampler, self.processor, self.evaluate = (
             config,
             task,
@@ -432,24 +436,23 @@ class Trainer:
             results["sha256"] = hashlib.sha256(weights).hexdigest()
             (self.output_dir / "all_results.json").write_text(json.dumps(results, indent=2) + "\n")
             logger.info(f"Wrote {self.output_dir / 'model.safetensors'} after {self.step} steps, {self.clips} clips.")
-            if self.config.push_to_hub:
-                self._push()
         self.accelerator.wait_for_everyone()
         self.log.close()
+        # Last: whatever the Hub says, the run is saved, and no process waits for another that failed.
+        if self.config.push_to_hub and self.accelerator.is_main_process:
+            self._push()
         return results
 
     def _push(self) -> None:
-        """Uploads the model folder's release files, nothing else."""
-        from huggingface_hub import HfApi
+        """Publishes the model as `deformvos publish` does: what belongs to a release, checked, in one commit."""
+        from ..publishing.publish import publish_release
+        from ..publishing.release import release_run
 
-        api = HfApi()
-        api.create_repo(self.config.hub_model_id, exist_ok=True)
-        api.upload_folder(
-            repo_id=self.config.hub_model_id,
-            folder_path=self.output_dir,
-            allow_patterns=["*.safetensors", "*config.json", "README.md", "all_results.json"],
-            ignore_patterns=["checkpoint-*/*", "best/*"],
-        )
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / self.config.hub_model_id.split("/")[-1]
+            release_run(self.output_dir, folder)
+            published = publish_release(folder, self.config.hub_model_id)
+        logger.info(f"Published {published.url}, commit {published.commit}.")
 
 
 def _teacher_hash(origins: dict) -> str | None:

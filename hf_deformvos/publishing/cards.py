@@ -209,8 +209,8 @@ def _own_records(folder: Path, records: dict[str, dict]) -> dict[str, dict]:
 
 
 def _stages(settings: dict) -> list[dict]:
-    """A run's curriculum, which a configuration holds as text or written out."""
-    stages = settings["stages"]
+    """A run's curriculum, which a configuration holds as text or written out; older records may lack it."""
+    stages = settings.get("stages", [])
     return json.loads(stages) if isinstance(stages, str) else stages
 
 
@@ -227,7 +227,9 @@ def _runs_table(runs: list[dict]) -> str:
         teacher = run.get("teacher", {}).get("name")
         learned = _SOURCES[settings["supervision"]] + (f", distilled from {teacher}" if teacher else "")
         numbers = f"{run['steps']:,} | {run['clips']:,} | {run['minutes']:.0f}"
-        rows.append(f"| {number} | {learned} | {numbers} | {clips} | {settings['learning_rate']:g} |")
+        rows.append(
+            f"| {number} | {learned} | {numbers} | {clips or 'not recorded'} | {settings['learning_rate']:g} |"
+        )
     return "\n".join(rows)
 
 

@@ -28,6 +28,7 @@ pytest.importorskip("accelerate")
 from accelerate.state import AcceleratorState, GradientState
 
 import train_distill
+from hf_deformvos import DeformVosConfig, DeformVosModel
 from hf_deformvos.data import AugmentConfig, ClipSampler, RawBatch, load_static_sets
 from hf_deformvos.training import SegmentationTask, Trainer, TrainingConfig
 from hf_deformvos.training.checkpoint import STATE_FILE, find_checkpoint, list_checkpoints, write_checkpoint
@@ -617,6 +618,14 @@ MISTAKES = {
         "broken.json' must be a",
     ),
     "student is no map": (["--student", "{tmp}/list.json", "--static_dirs", "{tmp}/sets"], "got list"),
+    "more objects than slots": (
+        ["--student", "{tmp}/slots.json", "--static_dirs", "{tmp}/sets", "--max_train_steps", "1"],
+        "Clips of up to 4 objects",
+    ),
+    "two sources of a backbone": (
+        ["--init_from", "{tmp}/model", "--init_backbone", "{tmp}/b.safetensors", "--static_dirs", "{tmp}/sets"],
+        "would replace the backbone that `init_from`",
+    ),
     "nothing held out": (["--eval_steps", "2", "--davis_dirs", "{tmp}/davis"], "none of the held-out sequences"),
 }
 
@@ -633,8 +642,11 @@ def test_mistakes_end_with_one_line_and_exit_code_2(tmp_path, capsys, mistake):
         "unknown.json": '{"learning_speed": 1}',
         "typed.json": '{"max_gap": "x"}',
         "student.json": '{"hidden_size": "wide"}',
+        "slots.json": json.dumps({**TINY_CONFIG, "max_objects": 3}),
     }.items():
         (tmp_path / name).write_text(text)
+    if mistake == "two sources of a backbone":
+        DeformVosModel(DeformVosConfig()).save_pretrained(tmp_path / "model")
     flags, message = MISTAKES[mistake]
     flags = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
     common = ["--output_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "c"), "--mixed_precision", "no"]

@@ -159,6 +159,7 @@ _LOWEST = {
         "weight_decay",
     ),
     1: (
+        "dataset_max_sequences",
         "gradient_accumulation_steps",
         "logging_steps",
         "max_gap",
@@ -212,6 +213,9 @@ class TrainingConfig:
     )
     dataset_split: str = _help("train", "Split of those data sets.")
     dataset_streaming: bool = _help(False, "Read those data sets as a stream instead of downloading them first.")
+    dataset_max_sequences: int | None = _help(
+        None, "Sequences to take of each of those data sets, the first ones; reading a stream stops after them."
+    )
     static_dirs: list[str] = field(
         default_factory=list, metadata={"help": "Folders of image sets (each with images/ and masks/)."}
     )
@@ -361,6 +365,12 @@ class TrainingConfig:
         if not ends or ends != sorted(set(ends)) or ends[-1] != 1.0:
             raise ValueError(f"The stages' `until` must rise and end with 1.0, got {ends}.")
         return stages
+
+    @property
+    def most_objects(self) -> int:
+        """Most labelled objects that any clip of the run can hold, pasted ones included."""
+        pastes = (self.paste if stage.paste is None else stage.paste for stage in self._stages)
+        return self.max_objects + any(pastes)
 
     def stage_at(self, progress: float) -> Stage:
         """The stage that a progress in [0, 1] falls into."""

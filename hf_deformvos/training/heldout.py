@@ -54,6 +54,8 @@ class HeldOutEvaluation:
         self.strips = {}
         sequences = [(source, *item) for source in self.stores for item in source.sequences.items()]
         for store, name, span in sequences:
+            # Two folders may have videos of one name.
+            name = name if f"eval_j/{name}" not in scores else f"{store.name}-{name}"
             first = next((index for index in span if store.objects[index]), None)
             if first is None:
                 continue

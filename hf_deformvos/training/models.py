@@ -74,6 +74,11 @@ def build_student(config: TrainingConfig) -> DeformVosModel:
         if config.init_from:
             take_over_weights(student, config.init_from, config.init_except)
         if config.init_backbone:
+            if config.init_from and student.config.backbone == "mobilenet_v2":
+                raise ValueError(
+                    f"`init_backbone` {config.init_backbone!r} would replace the backbone that `init_from` "
+                    f"{config.init_from!r} brings; give one of them."
+                )
             student.load_backbone(config.init_backbone)
         student.backbone.freeze_pretrained()
         return student
@@ -159,7 +164,13 @@ def build_teacher(config: TrainingConfig) -> Teacher | None:
 
 
 def build_task(config: TrainingConfig, student: DeformVosModel, teacher: Teacher | None) -> SegmentationTask:
-    """The task that the settings describe."""
+    """The task that the settings describe; refused where clips may hold more objects than a model has slots."""
+    for name, model in (("student", student), ("teacher", teacher and teacher.model)):
+        if model is not None and model.config.max_objects < config.most_objects:
+            raise ValueError(
+                f"Clips of up to {config.most_objects} objects (`max_objects`, and one where clips `paste` one) need "
+                f"a {name} with as many slots, got {model.config.max_objects}; lower `max_objects`."
+            )
     shared = {
         "ce_weight": config.ce_weight,
         "jaccard_weight": config.jaccard_weight,

@@ -409,7 +409,11 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, clip, model_dir):
     output, overlay = tmp_path / "out", tmp_path / "overlay.mp4"
     command = [sys.executable, "-m", "hf_deformvos", "segment", str(folder), "--mask", clip[1]]
     command += ["--model", str(model_dir), "--output", str(output), "--overlay", str(overlay), "--threads", "1"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell's background jobs ignore Ctrl-C, and a child would inherit that.
+    listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **listening
+    )
     try:
         deadline = time.monotonic() + 120
         while not (output / "masks" / "00003.png").exists() and process.poll() is None and time.monotonic() < deadline:

@@ -464,7 +464,8 @@ def test_void_is_no_object(tmp_path, options, no_cache):
         row["mask"], row["object_ids"] = {"bytes": png((mask == 1) * np.uint8(255)), "path": None}, [255]
     path = write_parquet(tmp_path / "vos.parquet", rows)
     with pytest.raises(ValueError, match=r"row 0 \(sequence 'ant', frame 0\) lists object 255, which is void"):
-        load_hub_dataset(path, **options)
+        load_hub_dataset(path, merge=False, **options)
+    assert ids_of(load_hub_dataset(path, **options)) == [1]
     assert ids_of(load_hub_dataset(path, merge=True, **options)) == [1]
 
 
@@ -627,5 +628,5 @@ def test_without_the_package_the_message_says_what_to_install(tmp_path, options,
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", blocked)
-    with pytest.raises(ValueError, match=r"needs the package `datasets`.*pip install 'hf-deformvos\[train\]'"):
+    with pytest.raises(ValueError, match=r"need the package `datasets`.*pip install 'hf-deformvos\[train\]'"):
         load_hub_dataset(tmp_path, **options)

@@ -1,8 +1,9 @@
 """Training data: readers, decoded stores, clip samplers and batched augmentation."""
 
 from .clips import ClipSampler, ClipSpec, Prefetcher, RawBatch
+from .dataset_export import ExportedDataset, SplitCounts, export_davis
 from .davis import HELD_OUT_SEQUENCES, davis_sequences, list_davis, load_davis
-from .hub_dataset import load_hub_dataset
+from .hub_dataset import load_hub_dataset, open_hub_dataset
 from .static import list_static_set, load_static_sets
 from .store import VOID, Frame, FrameEntry, FrameStore, ObjectBox, read_mask
 from .transforms import AugmentConfig, ClipBatch, augment_clips
@@ -14,6 +15,7 @@ __all__ = [
     "ClipBatch",
     "ClipSampler",
     "ClipSpec",
+    "ExportedDataset",
     "Frame",
     "FrameEntry",
     "FrameStore",
@@ -21,9 +23,11 @@ __all__ = [
     "ObjectBox",
     "Prefetcher",
     "RawBatch",
+    "SplitCounts",
     "VOID",
     "augment_clips",
     "davis_sequences",
+    "export_davis",
     "list_davis",
     "list_static_set",
     "list_youtube_vos",
@@ -31,5 +35,6 @@ __all__ = [
     "load_hub_dataset",
     "load_static_sets",
     "load_youtube_vos",
+    "open_hub_dataset",
     "read_mask",
 ]

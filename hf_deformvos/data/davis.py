@@ -47,6 +47,14 @@ def _annotation_part(root: Path, task: str | None) -> str:
     return ANNOTATION_FOLDERS[task]
 
 
+def frame_folders(root: Path, task: str | None = None, resolution: str | None = None) -> tuple[Path, Path]:
+    """The folders that hold a folder of images, and one of masks, for each sequence."""
+    return (
+        _part_folder(root, "JPEGImages", resolution),
+        _part_folder(root, _annotation_part(root, task), resolution),
+    )
+
+
 def davis_sequences(
     root: str | Path, split: str | None = None, year: int | None = None, task: str | None = None
 ) -> list[str]:
@@ -95,8 +103,7 @@ def list_davis(
         ValueError: If a sequence does not exist, or a mask is missing and `on_error` is `"raise"`.
     """
     root = Path(root)
-    images = _part_folder(root, "JPEGImages", resolution)
-    masks = _part_folder(root, _annotation_part(root, task), resolution)
+    images, masks = frame_folders(root, task, resolution)
     entries = []
     for name in sequences:
         if not (images / name).is_dir() or not (masks / name).is_dir():
@@ -151,7 +158,7 @@ def load_davis(
         root.name,
         entries,
         short_side,
-        merge=_is_one_object(root, entries) if merge is None else merge,
+        merge=is_one_object(root, entries) if merge is None else merge,
         cache_dir=cache_dir,
         on_error=on_error,
         show_progress_bar=show_progress_bar,
@@ -173,7 +180,7 @@ def _default_sequences(root: Path, split: str | None, year: int | None, task: st
     return present
 
 
-def _is_one_object(root: Path, entries: list[FrameEntry]) -> bool:
+def is_one_object(root: Path, entries: list[FrameEntry]) -> bool:
     """Whether every mask value above 0 is the one object of its sequence."""
     sets = root / "ImageSets"
     if (sets / "2017").is_dir():

@@ -10,7 +10,9 @@ Rows are frames in order of time, those of a sequence one after another:
 | `frame_index` | integer         | Grows within a sequence; gaps are allowed                        |
 | `frame`       | Image           |                                                                  |
 | `mask`        | Image or null   | Palette or gray PNG of ids, 255 is void; null: not annotated     |
-| `object_ids`  | list of integer | The ids that the mask may show; null: any                        |
+| `object_ids`  | list of integer | The ids that the mask may show; null: any; 255: see below        |
+
+Where `object_ids` lists 255, as for DAVIS-2016, all that a mask has above 0 is one object.
 """
 
 from __future__ import annotations
@@ -49,13 +51,13 @@ _READ_ROWS = 8
 _READ_BYTES = 2**20
 
 
-def _import_datasets():
+def import_datasets():
     """The optional package."""
     try:
         import datasets
     except ImportError as error:
         raise ValueError(
-            "Reading a Hugging Face data set needs the package `datasets`, which is not installed: "
+            "Hugging Face data sets need the package `datasets`, which is not installed: "
             "`pip install 'hf-deformvos[train]'` or `pip install datasets`."
         ) from error
     return datasets
@@ -85,9 +87,19 @@ class DatasetFrame:
         """The picture, RGB, at its own size."""
         return _decode_image(self.frame, "no image").convert("RGB")
 
-    def read_mask(self, merge: bool | str) -> np.ndarray:
+    @property
+    def is_one_object(self) -> bool:
+        """Whether all that the mask has above 0 is one object."""
+        return VOID in (self.object_ids or ())
+
+    def open_mask(self) -> Image.Image:
+        """The mask as an image, at its own size."""
+        return _decode_image(self.mask, "no mask")
+
+    def read_mask(self, merge: bool | str | None) -> np.ndarray:
         """The mask as `(height, width)` uint8 ids; a `ValueError` where it shows ids that the row does not list."""
-        ids = mask_ids(_decode_image(self.mask, "no mask"), merge, "the mask")
+        merge = self.is_one_object if merge is None else merge
+        ids = mask_ids(self.open_mask(), merge, "the mask")
         if not merge and self.object_ids is not None:
             # Masks that went through a lossy format, or hold 0 and 255, look like this.
             stray = sorted(set(np.unique(ids).tolist()) - {0, VOID, *self.object_ids})
@@ -101,7 +113,7 @@ def _decode_image(value: dict | None, absent: str) -> Image.Image:
     value = {"bytes": None, "path": None} | (value or {})
     if value["bytes"] is None and value["path"] is None:
         raise ValueError(absent)
-    return _import_datasets().Image().decode_example(value)
+    return import_datasets().Image().decode_example(value)
 
 
 def load_hub_dataset(
@@ -109,7 +121,7 @@ def load_hub_dataset(
     short_side: int = 480,
     split: str = "train",
     streaming: bool = False,
-    merge: bool | str = False,
+    merge: bool | str | None = None,
     exclude: Sequence[str] = (),
     max_sequences: int | None = None,
     cache_dir: str | Path | None = None,
@@ -133,7 +145,8 @@ def load_hub_dataset(
         short_side (`int`): Largest short side of stored frames, in pixels.
         split (`str`): Which split.
         streaming (`bool`): Whether a Hub repository is read without downloading it.
-        merge (`bool` or `str`): Whether all mask values above 0 are one object, see [`read_mask`].
+        merge (`bool` or `str`, *optional*): Whether all mask values above 0 are one object, see [`read_mask`]; default
+            where `object_ids` lists 255.
         exclude (sequence of `str`): Sequences to leave out.
         max_sequences (`int`, *optional*): How many sequences to read, in the order of the set; default all.
         cache_dir, show_progress_bar: See [`FrameStore.build`].
@@ -147,9 +160,85 @@ def load_hub_dataset(
             not in order, nothing is left, or a frame is broken or without mask and `on_error` is `"raise"`.
         OSError: If the files or the Hub cannot be reached.
     """
-    datasets = _import_datasets()
     if max_sequences is not None and max_sequences < 1:
         raise ValueError(f"`max_sequences` must be at least 1, got {max_sequences}.")
+    opened = open_hub_dataset(name_or_path, split, streaming, config_name, revision)
+    if streaming and max_sequences is None:
+        logger.info(f"Data set {opened.name!r}: all of the split is streamed; `max_sequences` takes less.")
+    excluded = sorted(set(exclude))
+    return FrameStore.build(
+        opened.name,
+        opened.frames(exclude=excluded, max_sequences=max_sequences, merge=merge),
+        short_side,
+        merge=merge,
+        cache_dir=cache_dir,
+        on_error=on_error,
+        show_progress_bar=show_progress_bar,
+        fingerprint=json.dumps([opened.identity, split, config_name, excluded, max_sequences]),
+    )
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """
+    An opened split, of which nothing has been read but the columns' names.
+
+    Attributes:
+        name (`str`): What messages call it.
+        source: Its columns and rows.
+    """
+
+    name: str
+    source: _Source
+
+    @property
+    def identity(self) -> str:
+        """Text that changes whenever the rows do."""
+        return self.source.identity
+
+    def frames(
+        self,
+        sequences: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        max_sequences: int | None = None,
+        merge: bool | str | None = None,
+    ) -> Iterator[DatasetFrame]:
+        """
+        Reads the rows one after another, no more of them than are asked for; their images stay encoded.
+
+        Args:
+            sequences (sequence of `str`, *optional*): Only these; reading stops after the last of them.
+            exclude (sequence of `str`): Sequences to leave out.
+            max_sequences (`int`, *optional*): How many sequences to read.
+            merge (`bool` or `str`, *optional*): See [`load_hub_dataset`].
+
+        Raises:
+            ValueError: If rows are not in order.
+            OSError: If reading stops.
+        """
+        wanted = None if sequences is None else set(sequences)
+        limit = max_sequences if wanted is None else min(len(wanted), max_sequences or len(wanted))
+        rows = _rows(lambda: self.source.rows(list(COLUMNS)), self.name)
+        return _frames(rows, self.name, wanted, set(exclude), limit, merge)
+
+    def sequence_names(self) -> list[str]:
+        """The sequences in their order, from that column alone."""
+        rows = _rows(lambda: self.source.rows(["sequence"]), self.name)
+        return list(dict.fromkeys(row["sequence"] for row in rows))
+
+
+def open_hub_dataset(
+    name_or_path: str | Path,
+    split: str = "train",
+    streaming: bool = False,
+    config_name: str | None = None,
+    revision: str | None = None,
+) -> HubDataset:
+    """
+    Opens a VOS set of Hugging Face `datasets` to be read row by row; arguments and errors as for
+    [`load_hub_dataset`].
+    """
+    datasets = import_datasets()
     source = str(name_or_path)
     path = Path(source).expanduser()
     if path.exists():
@@ -160,21 +249,8 @@ def load_hub_dataset(
             raise ValueError(f"`name_or_path` must be a file, a folder or a Hub repository, got {source!r}.")
         opened = _open_hub(datasets, source, split, streaming, config_name, revision)
         name = source.replace("/", "--")
-    if streaming and max_sequences is None:
-        logger.info(f"Data set {name!r}: all of the split is streamed; `max_sequences` takes less.")
     _check_schema(datasets, opened.features, name)
-    rows = _rows(opened, name)
-    excluded = set(exclude)
-    return FrameStore.build(
-        name,
-        _frames(rows, name, excluded, max_sequences, merge),
-        short_side,
-        merge=merge,
-        cache_dir=cache_dir,
-        on_error=on_error,
-        show_progress_bar=show_progress_bar,
-        fingerprint=json.dumps([opened.identity, split, config_name, sorted(excluded), max_sequences]),
-    )
+    return HubDataset(name, opened)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -184,10 +260,10 @@ def load_hub_dataset(
 
 @dataclass(frozen=True)
 class _Source:
-    """An opened data set: its columns, what starts reading its rows, and text that changes when the rows do."""
+    """An opened data set: its columns, what starts reading some of them, and text that changes when the rows do."""
 
     features: dict
-    rows: Callable[[], Iterator[dict]]
+    rows: Callable[[list[str]], Iterator[dict]]
     identity: str
 
 
@@ -254,9 +330,9 @@ def _stream(datasets, builder, split: str, identity: str) -> _Source:
 def _read_dataset(datasets, opened: Dataset | IterableDataset, identity: str) -> _Source:
     """The rows of what `datasets` opened, images left encoded."""
 
-    def rows() -> Iterator[dict]:
-        chosen = opened.select_columns(list(COLUMNS))
-        for column in ("frame", "mask"):
+    def rows(columns: list[str]) -> Iterator[dict]:
+        chosen = opened.select_columns(columns)
+        for column in {"frame", "mask"}.intersection(columns):
             chosen = chosen.cast_column(column, datasets.Image(decode=False))
         return iter(chosen)
 
@@ -280,11 +356,11 @@ def _read_parquet(datasets, files: list[str], identity: str) -> _Source:
         # Bytes come through the columns' buffers; a cache of the file would fetch them again at each change of column.
         return system.open(path, "rb", cache_type="none")
 
-    def rows() -> Iterator[dict]:
+    def rows(columns: list[str]) -> Iterator[dict]:
         for file in files:
             with opened(file) as handle:
                 parquet = ParquetFile(handle, buffer_size=_READ_BYTES, pre_buffer=False)
-                for batch in parquet.iter_batches(_READ_ROWS, columns=list(COLUMNS), use_threads=False):
+                for batch in parquet.iter_batches(_READ_ROWS, columns=columns, use_threads=False):
                     yield from batch.to_pylist()
 
     try:
@@ -330,12 +406,12 @@ def _check_schema(datasets, features: dict, name: str) -> None:
         )
 
 
-def _rows(opened: _Source, name: str) -> Iterator[dict]:
+def _rows(start: Callable[[], Iterator[dict]], name: str) -> Iterator[dict]:
     """The rows; whatever stops the reading says where."""
     rows, number = None, 0
     while True:
         try:
-            rows = rows or opened.rows()
+            rows = rows or start()
             row = next(rows, None)
         except Exception as error:  # see above
             raise OSError(
@@ -348,11 +424,16 @@ def _rows(opened: _Source, name: str) -> Iterator[dict]:
 
 
 def _frames(
-    rows: Iterable[dict], name: str, excluded: set[str], max_sequences: int | None, merge: bool | str
+    rows: Iterable[dict],
+    name: str,
+    wanted: set[str] | None,
+    excluded: set[str],
+    max_sequences: int | None,
+    merge: bool | str | None,
 ) -> Iterator[DatasetFrame]:
-    """Frames of the first sequences that are not excluded; checks that rows are in order."""
+    """Frames of the first sequences that are wanted and not excluded; checks that rows are in order."""
     finished: set[str] = set()
-    taken = 0
+    taken, skipped = 0, False
     sequence, index = None, None
     for number, row in enumerate(rows):
         where = f"Data set {name!r}: row {number} (sequence {row['sequence']!r}, frame {row['frame_index']})"
@@ -366,17 +447,18 @@ def _frames(
                 )
             finished.add(row["sequence"])
             sequence, index = row["sequence"], None
-            if sequence not in excluded:
-                if taken == max_sequences:
-                    return
-                taken += 1
+            skipped = sequence in excluded or (wanted is not None and sequence not in wanted)
+            # Of those that are named there is none left to wait for.
+            if taken == max_sequences and (wanted is not None or not skipped):
+                return
+            taken += not skipped
         if index is not None and row["frame_index"] <= index:
             raise ValueError(f"{where} must have a greater frame index than the row before it, which has {index}.")
         index = row["frame_index"]
-        if sequence in excluded:
+        if skipped:
             continue
         ids = row["object_ids"]
-        if not merge and ids and VOID in ids:
+        if merge is False and ids and VOID in ids:
             raise ValueError(f"{where} lists object {VOID}, which is void; give `merge=True` if it is the object.")
         yield DatasetFrame(
             sequence, index, _encoded(row["frame"]), _encoded(row["mask"]), None if ids is None else tuple(ids)
@@ -388,4 +470,4 @@ def _encoded(value: dict | bytes | None) -> dict | None:
     return {"bytes": value, "path": None} if isinstance(value, bytes) else value
 
 
-__all__ = ["COLUMNS", "load_hub_dataset"]
+__all__ = ["COLUMNS", "DatasetFrame", "HubDataset", "load_hub_dataset", "open_hub_dataset"]

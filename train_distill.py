@@ -121,7 +121,8 @@ def build(config: TrainingConfig) -> Trainer:
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     accelerator = make_accelerator(config)
     label = None if teacher is None else lambda folder: teacher.label(folder, config, accelerator.device)
-    with accelerator.main_process_first():
+    # One process decodes what others then find; on further machines, whose disks may be their own, one each.
+    with accelerator.main_process_first(), accelerator.local_main_process_first():
         data = open_data(config, label)
         evaluate = open_evaluation(config, data)
     set_seed(config.seed)

@@ -67,9 +67,14 @@ def open_data(config: TrainingConfig, label: Callable[[str], FrameStore] | None 
 
         for source in config.dataset_names:
             name, merge = split_mask_rule(source)
-            options = {"split": config.dataset_split, "streaming": config.dataset_streaming, "merge": bool(merge)}
-            store = load_hub_dataset(name, config.video_short_side, exclude=HELD_OUT_SEQUENCES, **options, **shared)
-            data.videos.append(store)
+            options = {
+                "split": config.dataset_split,
+                "streaming": config.dataset_streaming,
+                "merge": merge,
+                "exclude": HELD_OUT_SEQUENCES,
+                "max_sequences": config.dataset_max_sequences,
+            }
+            data.videos.append(load_hub_dataset(name, config.video_short_side, **options, **shared))
     for root in config.static_dirs:
         data.statics += load_static_sets(root, config.static_short_side, config.merged_sets, **shared)
     if config.video_dirs:

@@ -5,14 +5,16 @@ import json
 import sys
 from pathlib import Path
 
-from .score import Table, add_dataset_arguments, at_least, load_dataset
+from .score import Table, add_dataset_arguments, at_least, chosen_sequences, load_dataset
 
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _DESCRIPTION = """\
 Run a model over a benchmark, one frame at a time, and report region similarity J and boundary accuracy F (mean, recall
 above 0.5, decay) by the protocol of the benchmark, with frames a second, network time and peak memory beside them. FPS
-counts decoding, resizing, network, masks at full size and their files, one after the other; scoring is not counted."""
+counts decoding, resizing, network, masks at full size and their files, one after the other; scoring is not counted.
+The benchmark is a folder (--root, --dataset, --split), or a Hugging Face data set with a row a frame, as `deformvos
+push-dataset` writes it (--dataset-name, --dataset-split), which is read row by row."""
 
 
 def add_parser(subparsers) -> None:
@@ -24,7 +26,24 @@ def add_parser(subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", metavar="DIR_OR_REPO", required=True, help="folder or Hub repository")
-    add_dataset_arguments(parser)
+    add_dataset_arguments(parser, required=False)
+    # With underscores too, as training has them.
+    parser.add_argument(
+        "--dataset-name",
+        "--dataset_name",
+        metavar="NAME_OR_PATH",
+        help="instead of --root: a Hub data set, a folder or a parquet file of one; --dataset may choose another "
+        "protocol than the set's masks suggest",
+    )
+    parser.add_argument(
+        "--dataset-split", "--dataset_split", default="val", metavar="SPLIT", help="split of it (default val)"
+    )
+    parser.add_argument(
+        "--dataset-streaming",
+        "--dataset_streaming",
+        action="store_true",
+        help="read it from the Hub as a stream instead of downloading it first",
+    )
     parser.add_argument(
         "--all-frames",
         action="store_true",
@@ -100,8 +119,11 @@ def run(arguments: argparse.Namespace) -> int:
         save_masks=arguments.save_masks,
         resume=arguments.resume,
     )
-    dataset = load_dataset(arguments, all_frames=arguments.all_frames)
-    result = _evaluate_with_table(dataset, config, arguments.workers, evaluate)
+    if arguments.dataset_name is not None:
+        result = _evaluate_hub_dataset(arguments, config)
+    else:
+        result = _evaluate_folder(arguments, config, evaluate)
+    dataset = result.dataset
     if config.save_masks and dataset.name.startswith("youtubevos"):
         from ..evaluation.youtube_vos import write_submission
 
@@ -116,10 +138,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate_with_table(dataset, config, num_workers: int, evaluate):
-    """Evaluates and prints the table, each sequence as soon as it is done."""
+def _evaluate_folder(arguments: argparse.Namespace, config, evaluate):
+    """Evaluates on a folder, and prints each sequence as soon as it is done."""
     from ..evaluation import report
 
+    missing = [flag for flag in ("root", "dataset") if getattr(arguments, flag) is None]
+    if missing:
+        raise ValueError(
+            f"--{missing[0]} is missing: a benchmark is --root DIR --dataset LAYOUT, or --dataset-name NAME_OR_PATH."
+        )
+    dataset = load_dataset(arguments, all_frames=arguments.all_frames)
     sequences = {sequence.name: sequence for sequence in dataset.sequences}
     table = Table(report.table_header())
 
@@ -127,8 +155,52 @@ def _evaluate_with_table(dataset, config, num_workers: int, evaluate):
         sequence = sequences[result.score.name]
         table.add(report.result_row(result, len(sequence.images), len(sequence.objects)))
 
-    result = evaluate(dataset, config, num_workers, add_row)
-    scores = [item.score for item in result.results]
+    result = evaluate(dataset, config, arguments.workers, add_row)
+    _print_totals(result)
+    return result
+
+
+def _evaluate_hub_dataset(arguments: argparse.Namespace, config):
+    """Evaluates on a data set with a row a frame, and prints each sequence as soon as it is done."""
+    from ..evaluation import report
+    from ..evaluation.streamed import evaluate_hub_dataset
+
+    for flag, given in (
+        ("--root", arguments.root is not None),
+        ("--all-frames", arguments.all_frames),
+        ("--resume", arguments.resume),
+        ("--workers", arguments.workers > 1),
+    ):
+        if given:
+            raise ValueError(
+                f"{flag} belongs to folders, and --dataset-name {arguments.dataset_name} is read in one go."
+            )
+    table = Table(report.table_header())
+
+    def add_row(result, sequence) -> None:
+        table.add(report.result_row(result, len(sequence.images), len(sequence.objects)))
+
+    result = evaluate_hub_dataset(
+        arguments.dataset_name,
+        config,
+        protocol=arguments.dataset,
+        split=arguments.dataset_split,
+        streaming=arguments.dataset_streaming,
+        sequences=chosen_sequences(arguments),
+        max_frames=arguments.max_frames,
+        progress=add_row,
+    )
+    _print_totals(result)
+    if arguments.dataset is None:
+        print(f"scored as {result.dataset.name}; --dataset chooses another protocol")
+    return result
+
+
+def _print_totals(result) -> None:
+    """What follows the rows of the sequences."""
+    from ..evaluation import report
+
+    dataset, scores = result.dataset, [item.score for item in result.results]
     print(report.total_row(dataset, scores, [item.timing for item in result.results if item.timing]))
     classes = report.class_lines(dataset, scores)
     if classes:
@@ -136,7 +208,6 @@ def _evaluate_with_table(dataset, config, num_workers: int, evaluate):
     if not dataset.has_ground_truth:
         print("no scores: this split has first masks alone")
     print("\n".join(_facts(result)))
-    return result
 
 
 def _facts(result) -> list[str]:

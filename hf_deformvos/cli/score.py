@@ -21,7 +21,7 @@ def add_parser(subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--predictions", metavar="DIR", required=True, help="folder of masks, one folder a sequence")
-    add_dataset_arguments(parser, dataset_required=False)
+    add_dataset_arguments(parser, guessed=True)
     parser.add_argument(
         "--allow-missing", action="store_true", help="count a missing mask as empty instead of refusing to score"
     )
@@ -30,13 +30,13 @@ def add_parser(subparsers) -> None:
     parser.set_defaults(run=run)
 
 
-def add_dataset_arguments(parser: argparse.ArgumentParser, dataset_required: bool = True) -> None:
-    """Adds the arguments that name a data set and a part of it."""
-    default = "" if dataset_required else " (default: what the folder looks like; DAVIS of both years is davis2017)"
+def add_dataset_arguments(parser: argparse.ArgumentParser, required: bool = True, guessed: bool = False) -> None:
+    """Adds the arguments that name a data set and a part of it; `guessed`: where its layout may go unsaid."""
+    default = " (default: what the folder looks like; DAVIS of both years is davis2017)" if guessed else ""
     parser.add_argument(
-        "--dataset", choices=_DATASETS, required=dataset_required, help=f"layout and protocol{default}"
+        "--dataset", choices=_DATASETS, required=required and not guessed, help=f"layout and protocol{default}"
     )
-    parser.add_argument("--root", metavar="DIR", required=True, help="folder of the data set")
+    parser.add_argument("--root", metavar="DIR", required=required, help="folder of the data set")
     parser.add_argument("--split", default="val", help="which part of it (default val)")
     parser.add_argument("--sequences", nargs="+", metavar="NAME", help="only these, separated by spaces or commas")
     parser.add_argument(
@@ -80,10 +80,15 @@ def load_dataset(arguments: argparse.Namespace, all_frames: bool = False):
     from ..evaluation import guess_dataset, load_dataset_layout
 
     name = arguments.dataset or guess_dataset(arguments.root)
-    sequences = None
-    if arguments.sequences is not None:
-        sequences = [name for text in arguments.sequences for name in text.split(",") if name]
+    sequences = chosen_sequences(arguments)
     return load_dataset_layout(name, arguments.root, arguments.split, sequences, arguments.max_frames, all_frames)
+
+
+def chosen_sequences(arguments: argparse.Namespace) -> list[str] | None:
+    """The names after --sequences; `None` without it."""
+    if arguments.sequences is None:
+        return None
+    return [name for text in arguments.sequences for name in text.split(",") if name]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -117,4 +122,4 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-__all__ = ["Table", "add_dataset_arguments", "add_parser", "at_least", "load_dataset", "run"]
+__all__ = ["Table", "add_dataset_arguments", "add_parser", "at_least", "chosen_sequences", "load_dataset", "run"]

@@ -47,7 +47,8 @@ class EvaluationSequence:
 
     Attributes:
         name (`str`): Folder name.
-        images (`tuple[Path, ...]`): Frames in order of time; a frame is named by its file's stem.
+        images (`tuple[Path, ...]`):
+            Frames in order of time; a frame is named by its file's stem. Of a streamed set these name no files.
         annotations (`dict[str, Path]`): Annotation file of each annotated frame.
         objects (`tuple[TrackedObject, ...]`): In order of their ids.
         output_frames (`tuple[str, ...]`): Frames whose masks a result consists of.
@@ -129,17 +130,21 @@ def read_ids(path: str | os.PathLike, merge_channels: bool = False) -> np.ndarra
     """
     try:
         with Image.open(path) as image:
-            mode = image.mode
-            # An alpha channel of 255 everywhere is not an object.
-            pixels = np.array(image.convert("RGB") if mode in ("RGBA", "LA") else image)
+            return image_ids(image, str(path), merge_channels)
     except (Image.UnidentifiedImageError, SyntaxError) as error:
         raise ValueError(f"{path} must be an image file with a mask, got something else ({error}).") from error
+
+
+def image_ids(image: Image.Image, label: str, merge_channels: bool = False) -> np.ndarray:
+    """The ids of an opened mask, see [`read_ids`]; `label` names it in errors."""
+    # An alpha channel of 255 everywhere is not an object.
+    pixels = np.array(image.convert("RGB") if image.mode in ("RGBA", "LA") else image)
     if pixels.ndim == 3:
         if not merge_channels:
-            raise ValueError(f"{path} must be a palette or grey image whose values are ids, got mode {mode}.")
+            raise ValueError(f"{label} must be a palette or grey image whose values are ids, got mode {image.mode}.")
         pixels = pixels.max(axis=-1)
     if pixels.dtype != np.uint8 and pixels.max(initial=0) > 255:
-        raise ValueError(f"{path} must hold ids from 0 to 255, got {pixels.max()}.")
+        raise ValueError(f"{label} must hold ids from 0 to 255, got {pixels.max()}.")
     return pixels.astype(np.uint8)
 
 
@@ -259,7 +264,7 @@ def _davis_sequences(root: Path, name: str, split: str, chosen: list[str] | None
                 f"lacks {len(missing)} of {len(frames)}, the first being {missing[0]}.png."
             )
         scored = tuple(path.stem for path in frames[1:-1]) if not missing else ()
-        ids = [1] if name == "davis2016" else _object_ids(read_ids(annotations[first]))
+        ids = [1] if name == "davis2016" else object_ids_of(read_ids(annotations[first]))
         objects = tuple(TrackedObject(object_id, first, scored) for object_id in ids)
         if not objects:
             raise ValueError(
@@ -284,7 +289,7 @@ def _folder_sequences(root: Path, chosen: list[str] | None, max_frames: int | No
         binary = _is_binary(annotations[frame] for frame in annotated)
         for frame in annotated:
             ids = read_ids(annotations[frame], merge_channels=binary)
-            for object_id in [1] if binary and ids.any() else _object_ids(ids):
+            for object_id in [1] if binary and ids.any() else object_ids_of(ids):
                 first_frames.setdefault(object_id, frame)
         if not first_frames:
             raise ValueError(f"Sequence {sequence!r} must show an object in one of its masks; all are empty.")
@@ -344,7 +349,7 @@ def _youtube_vos_objects(
         for frame in listed:
             if frame in annotations:
                 if frame not in shown:
-                    shown[frame] = set(_object_ids(read_ids(annotations[frame])))
+                    shown[frame] = set(object_ids_of(read_ids(annotations[frame])))
                 if int(key) in shown[frame]:
                     first = frame
                     break
@@ -415,7 +420,7 @@ def _annotations(folder: Path, frames: Iterable[Path]) -> dict[str, Path]:
     return {frame.stem: existing[frame.stem] for frame in frames if frame.stem in existing}
 
 
-def _object_ids(ids: np.ndarray) -> list[int]:
+def object_ids_of(ids: np.ndarray) -> list[int]:
     """Ids in a mask without background and void."""
     counts = np.bincount(ids.ravel(), minlength=VOID + 1)
     return [int(value) for value in np.flatnonzero(counts) if value not in (0, VOID)]
@@ -426,7 +431,7 @@ def _is_binary(paths: Iterable[Path]) -> bool:
     for path in paths:
         ids = read_ids(path, merge_channels=True)
         if ids.any():
-            return not _object_ids(ids)
+            return not object_ids_of(ids)
     return False
 
 
@@ -459,9 +464,11 @@ __all__ = [
     "EvaluationSequence",
     "TrackedObject",
     "guess_dataset",
+    "image_ids",
     "image_size",
     "limit_short_side",
     "load_dataset_layout",
     "load_seen_categories",
+    "object_ids_of",
     "read_ids",
 ]

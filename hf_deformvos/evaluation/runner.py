@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -187,26 +188,68 @@ class SequenceRunner:
         """
         scorer = SequenceScorer(sequence)
         outputs = set(sequence.output_frames)
-        stream = _Stream(self, sequence)
+        stream = SequenceStream(self, sequence.name, sequence.max_short_side)
         last = sequence.images[-1].stem
         for path in sequence.images:
-            ids = stream.step(path, count_macs=count_macs and path.stem == last, save=path.stem in outputs)
+            ids = stream.step(
+                _FileFrame(sequence, path), count_macs=count_macs and path.stem == last, save=path.stem in outputs
+            )
             if path.stem in outputs:
                 # Here the clock stands still: scoring is no part of the stream.
                 scorer.update(path.stem, ids)
-        num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        facts = ModelFacts(num_parameters)
-        if stream.macs is not None:
-            facts = ModelFacts(num_parameters, stream.macs, stream.network_size, len(sequence.objects))
-        return SequenceResult(scorer.result(), stream.timing(), facts)
+        return stream.result(scorer.result(), len(sequence.objects))
 
 
-class _Stream:
-    """One sequence on its way through the model: the session and the clock; only numbers are kept of a frame."""
+class StreamFrame(Protocol):
+    """
+    What a [`SequenceStream`] steps on.
 
-    def __init__(self, runner: SequenceRunner, sequence: EvaluationSequence):
+    Attributes:
+        name (`str`): Its name in the sequence.
+        label (`str`): What messages call it.
+    """
+
+    name: str
+    label: str
+
+    def read_image(self) -> Image.Image:
+        """The picture, RGB."""
+
+    def read_given(self) -> tuple[list[int], np.ndarray] | None:
+        """The objects that start here, and their ids' map, all else 0; `None` where none starts."""
+
+
+class _FileFrame:
+    """A frame of a sequence of files."""
+
+    def __init__(self, sequence: EvaluationSequence, path: Path):
+        self._sequence, self._path = sequence, path
+        self.name, self.label = path.stem, str(path)
+
+    def read_image(self) -> Image.Image:
+        with Image.open(self._path) as file:
+            return file.convert("RGB")
+
+    def read_given(self) -> tuple[list[int], np.ndarray] | None:
+        ids = self._sequence.given_mask(self.name)
+        objects = [item.object_id for item in self._sequence.objects if item.first_frame == self.name]
+        return None if ids is None else (objects, ids)
+
+
+class SequenceStream:
+    """
+    One sequence on its way through the model: the session and the clock; only numbers are kept of a frame.
+
+    Args:
+        runner ([`SequenceRunner`]): The model.
+        name (`str`): The sequence.
+        max_short_side (`int`, *optional*): Frames with a larger short side are scaled down to it for the model.
+    """
+
+    def __init__(self, runner: SequenceRunner, name: str, max_short_side: int | None = None):
         self.runner = runner
-        self.sequence = sequence
+        self.name = name
+        self.max_short_side = max_short_side
         self.session = runner.processor.init_video_session(video=None, device=runner.device, dtype=runner.dtype)
         self.next_index = 0
         self.num_frames = 0
@@ -215,26 +258,24 @@ class _Stream:
         self.macs: int | None = None
         self.network_size: tuple[int, int] | None = None
 
-    def step(self, path: Path, count_macs: bool, save: bool) -> np.ndarray:
+    def step(self, frame: StreamFrame, count_macs: bool, save: bool = True) -> np.ndarray:
         """Reads, segments and saves one frame; returns its ids, `uint8` of shape `(height, width)`."""
         start = time.perf_counter()
-        with Image.open(path) as file:
-            image = file.convert("RGB")
+        image, given = frame.read_image(), frame.read_given()
         size = (image.height, image.width)
-        given = self.sequence.given_mask(path.stem)
-        if given is not None and given.shape != size:
-            raise ValueError(f"The mask of {path} must have its size {size}, got {given.shape}.")
+        if given is not None and given[1].shape != size:
+            raise ValueError(f"The mask of {frame.label} must have its size {size}, got {given[1].shape}.")
         if given is None and self.next_index == 0:
             ids = np.zeros(size, dtype=np.uint8)
         else:
             if given is not None:
-                self._add_objects(path.stem, given)
+                self._add_objects(*given)
             ids = self._segment(image, size, count_macs, timed=given is None)
             if given is not None:
                 # A mask that is given stands as it is, and its objects are nowhere else.
-                ids = np.where(given > 0, given, np.where(np.isin(ids, np.unique(given)), 0, ids))
+                ids = np.where(given[1] > 0, given[1], np.where(np.isin(ids, np.unique(given[1])), 0, ids))
         if save and self.runner.save_masks is not None:
-            target = mask_path(self.runner.save_masks, self.sequence, path.stem)
+            target = mask_path(self.runner.save_masks, self.name, frame.name)
             target.parent.mkdir(parents=True, exist_ok=True)
             write_palette_png(target, ids)
         # Counting takes several times as long as running.
@@ -243,9 +284,8 @@ class _Stream:
             self.num_frames += 1
         return ids
 
-    def _add_objects(self, frame: str, given: np.ndarray) -> None:
+    def _add_objects(self, object_ids: list[int], given: np.ndarray) -> None:
         """Gives the session the objects that start in this frame."""
-        object_ids = [item.object_id for item in self.sequence.objects if item.first_frame == frame]
         self.runner.processor.add_inputs_to_inference_session(
             self.session,
             frame_idx=self.next_index,
@@ -257,7 +297,7 @@ class _Stream:
     def _segment(self, image: Image.Image, size: tuple[int, int], count_macs: bool, timed: bool) -> np.ndarray:
         """The ids that the model sees in one frame."""
         runner = self.runner
-        image = limit_short_side(image, self.sequence.max_short_side)
+        image = limit_short_side(image, self.max_short_side)
         pixel_values = runner.processor(images=image, return_tensors="pt", **runner.size).pixel_values[0]
         pixel_values = pixel_values.to(runner.device, runner.dtype)
         self.network_size = tuple(pixel_values.shape[-2:])
@@ -281,6 +321,14 @@ class _Stream:
             self.step_times.append(time.perf_counter() - start)
         return output
 
+    def result(self, score: SequenceScore, num_objects: int) -> SequenceResult:
+        """Everything about the sequence, which has `num_objects` objects."""
+        num_parameters = sum(parameter.numel() for parameter in self.runner.model.parameters())
+        facts = ModelFacts(num_parameters)
+        if self.macs is not None:
+            facts = ModelFacts(num_parameters, self.macs, self.network_size, num_objects)
+        return SequenceResult(score, self.timing(), facts)
+
     def timing(self) -> StreamTiming | None:
         """Speed and memory so far; `None` where no frame was timed."""
         if self.num_frames == 0:
@@ -301,6 +349,14 @@ def load_pretrained(config: RunnerConfig) -> tuple:
     """Loads the model and the processor that a [`RunnerConfig`] names."""
     overrides = {} if config.memory_interval is None else {"memory_interval": config.memory_interval}
     return load_for_inference(config.model, config.device, config.dtype, overrides | config.overrides)
+
+
+def load_runner(config: RunnerConfig, loader: Callable[[RunnerConfig], tuple] = load_pretrained) -> SequenceRunner:
+    """The model that a [`RunnerConfig`] names, ready to run."""
+    model, processor = loader(config)
+    folder = Path(config.save_masks) if config.save_masks else None
+    device, dtype = resolve_device(config.device), getattr(torch, config.dtype)
+    return SequenceRunner(model, processor, device, dtype, config.short_side, folder)
 
 
 def evaluate(
@@ -372,10 +428,7 @@ class _Worker:
     @classmethod
     def get(cls) -> SequenceRunner:
         if cls.runner is None:
-            model, processor = cls.loader(cls.config)
-            folder = Path(cls.config.save_masks) if cls.config.save_masks else None
-            device, dtype = resolve_device(cls.config.device), getattr(torch, cls.config.dtype)
-            cls.runner = SequenceRunner(model, processor, device, dtype, cls.config.short_side, folder)
+            cls.runner = load_runner(cls.config, cls.loader)
         return cls.runner
 
 
@@ -386,9 +439,9 @@ def _run_task(sequence: EvaluationSequence, config: RunnerConfig, finished: bool
     return _Worker.get().run(sequence, count_macs)
 
 
-def mask_path(folder: str | os.PathLike, sequence: EvaluationSequence, frame: str) -> Path:
-    """Where the mask of a frame is saved."""
-    return Path(folder) / sequence.name / f"{frame}.png"
+def mask_path(folder: str | os.PathLike, sequence: str, frame: str) -> Path:
+    """Where the mask of a frame of a sequence is saved."""
+    return Path(folder) / sequence / f"{frame}.png"
 
 
 def _prepare_folder(dataset: EvaluationDataset, config: RunnerConfig, weights_sha256: str | None) -> set[str]:
@@ -412,7 +465,7 @@ def _prepare_folder(dataset: EvaluationDataset, config: RunnerConfig, weights_sh
         if sequence.name not in finished:
             # Masks of an earlier run must not pass for this one's if it is interrupted and resumed.
             for frame in sequence.output_frames:
-                mask_path(folder, sequence, frame).unlink(missing_ok=True)
+                mask_path(folder, sequence.name, frame).unlink(missing_ok=True)
     previous = _read_identity(folder) if config.resume else {}
     identity["frames"] = previous.get("frames", {}) | identity["frames"]
     write_json(folder / RUN_FILE, identity)
@@ -444,7 +497,7 @@ def _finished_sequences(dataset: EvaluationDataset, folder: Path, identity: dict
         sequence.name
         for sequence in dataset.sequences
         if previous["frames"].get(sequence.name) == len(sequence.images)
-        and all(mask_path(folder, sequence, frame).is_file() for frame in sequence.output_frames)
+        and all(mask_path(folder, sequence.name, frame).is_file() for frame in sequence.output_frames)
     }
 
 
@@ -519,9 +572,14 @@ __all__ = [
     "RunnerConfig",
     "SequenceResult",
     "SequenceRunner",
+    "SequenceStream",
+    "StreamFrame",
     "StreamTiming",
+    "describe_hardware",
+    "describe_versions",
     "evaluate",
     "load_pretrained",
+    "load_runner",
     "mask_path",
     "peak_memory",
     "write_json",

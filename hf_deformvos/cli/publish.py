@@ -44,16 +44,21 @@ def add_parser(subparsers) -> None:
     space.set_defaults(run=run_publish_space)
     for parser in (model, space):
         parser.add_argument("--repo", required=True, metavar="ORG/NAME", help="the repository, made if missing")
-        parser.add_argument(
-            "--dry-run", action="store_true", help="check and list, but commit nothing; needs no token"
-        )
-        parser.add_argument("--force", action="store_true", help="overwrite a README.md that was edited on the Hub")
-        parser.add_argument(
-            "--token-file",
-            type=Path,
-            metavar="FILE",
-            help="file with the token (default: HF_TOKEN or `hf auth login`)",
-        )
+        add_hub_arguments(parser)
+
+
+def add_hub_arguments(
+    parser: argparse.ArgumentParser, force: str = "overwrite a README.md that was edited on the Hub"
+) -> None:
+    """Adds what all commands have that publish; `force` says what --force does."""
+    parser.add_argument("--dry-run", action="store_true", help="check and list, but commit nothing; needs no token")
+    parser.add_argument("--force", action="store_true", help=force)
+    parser.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="file with the token (default: HF_TOKEN or `hf auth login`)",
+    )
 
 
 def run_publish(arguments: argparse.Namespace) -> int:
@@ -70,7 +75,7 @@ def run_publish(arguments: argparse.Namespace) -> int:
         force=arguments.force,
         dry_run=arguments.dry_run,
     )
-    return _report(result, arguments.dry_run)
+    return report(result, arguments.dry_run)
 
 
 def run_publish_space(arguments: argparse.Namespace) -> int:
@@ -79,7 +84,7 @@ def run_publish_space(arguments: argparse.Namespace) -> int:
 
     token = read_token(arguments.token_file)
     result = publish_space(arguments.folder, arguments.repo, token, arguments.force, arguments.dry_run)
-    return _report(result, arguments.dry_run)
+    return report(result, arguments.dry_run)
 
 
 def read_token(path: Path | None) -> str | None:
@@ -95,19 +100,19 @@ def read_token(path: Path | None) -> str | None:
     return token
 
 
-def _report(result, dry_run: bool) -> int:
+def report(result, dry_run: bool) -> int:
     """Says what was done, or would be."""
     plan = result.plan
     rows = [("new", upload) for upload in plan.new] + [("changed", upload) for upload in plan.changed]
     rows += [("same", upload) for upload in plan.same]
     width = max(len(upload.name) for _, upload in rows)
     for what, upload in sorted(rows, key=lambda row: row[1].name):
-        print(f"{what:8} {upload.name:{width}} {_size(upload.size):>10}")
+        print(f"{what:8} {upload.name:{width}} {format_size(upload.size):>10}")
     for name in plan.removed:
         print(f"{'removed':8} {name}")
     for note in plan.notes:
         print(f"note: {note}")
-    total = _size(sum(upload.size for _, upload in rows))
+    total = format_size(sum(upload.size for _, upload in rows))
     if dry_run:
         change = "nothing would change" if plan.is_empty else "one commit would be made"
         print(f"dry run: {len(rows)} files, {total}, to {result.url}: {change}; nothing was sent")
@@ -118,10 +123,19 @@ def _report(result, dry_run: bool) -> int:
     return 0
 
 
-def _size(size: int) -> str:
+def format_size(size: int) -> str:
+    """A number of bytes in words."""
     if size < 1000:
         return f"{size} B"
     return f"{size / 1e3:.1f} kB" if size < 1e6 else f"{size / 1e6:.1f} MB"
 
 
-__all__ = ["add_parser", "run_publish", "run_publish_space"]
+__all__ = [
+    "add_hub_arguments",
+    "add_parser",
+    "format_size",
+    "read_token",
+    "report",
+    "run_publish",
+    "run_publish_space",
+]

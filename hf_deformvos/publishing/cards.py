@@ -83,13 +83,23 @@ def render_card(folder: str | Path, records: dict[str, dict], repo_id: str | Non
     Raises:
         ValueError: if a file is missing or is not what it must be.
     """
-    import jinja2  # torch brings it
-
     folder = Path(folder)
     facts, config = read_json(folder / "training.json"), read_json(folder / "config.json")
     provenance = json.loads((TEMPLATES / "provenance.json").read_text())
     records = _own_records(folder, records)
-    environment = jinja2.Environment(
+    template = template_environment().get_template("model_card.md.jinja")
+    try:
+        context = _context(facts, config, provenance, folder, records, repo_id)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'training.json'} lacks what the card states: {error!r}.") from error
+    return seal(re.sub(r"\n{3,}", "\n\n", template.render(**context)))
+
+
+def template_environment():
+    """The card templates of this folder."""
+    import jinja2  # torch brings it
+
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -97,12 +107,6 @@ def render_card(folder: str | Path, records: dict[str, dict], repo_id: str | Non
         keep_trailing_newline=True,
         autoescape=False,
     )
-    template = environment.get_template("model_card.md.jinja")
-    try:
-        context = _context(facts, config, provenance, folder, records, repo_id)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'training.json'} lacks what the card states: {error!r}.") from error
-    return seal(re.sub(r"\n{3,}", "\n\n", template.render(**context)))
 
 
 def _context(facts: dict, config: dict, provenance: dict, folder: Path, records: dict, repo_id: str | None) -> dict:
@@ -303,4 +307,13 @@ def read_json(path: Path) -> dict:
     return content
 
 
-__all__ = ["check_metadata", "is_sealed", "is_unedited", "publishable_card", "render_card", "runs_of", "seal"]
+__all__ = [
+    "check_metadata",
+    "is_sealed",
+    "is_unedited",
+    "publishable_card",
+    "render_card",
+    "runs_of",
+    "seal",
+    "template_environment",
+]

@@ -230,6 +230,16 @@ def publish_files(
     )
 
 
+def require_token(target: Target, token: str | None = None) -> None:
+    """
+    Fail early, where much is to be done before [`publish_files`].
+
+    Raises:
+        PublishError: if nobody, or nobody known, is logged in.
+    """
+    _Client(target, token).require_token()
+
+
 class _Client:
     """The Hub's client for one target: attempts, and errors as sentences."""
 
@@ -496,4 +506,4 @@ def _is_transient(error: Exception) -> bool:
     return isinstance(error, broken) or type(error) is OSError
 
 
-__all__ = ["CARD", "Plan", "PublishError", "Published", "Target", "Upload", "publish_files", "redact"]
+__all__ = ["CARD", "Plan", "PublishError", "Published", "Target", "Upload", "publish_files", "redact", "require_token"]

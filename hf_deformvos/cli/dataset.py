@@ -58,7 +58,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--private", action="store_true", help="make a new repository private; refuse a public one")
     parser.add_argument("--revision", default="main", metavar="BRANCH", help="branch, made if missing (default main)")
     add_hub_arguments(
-        parser, force="overwrite a README.md that was edited, and remove splits of the repository that are not in this set"
+        parser, force="overwrite a README.md that was edited, and remove splits on the Hub that this set has not"
     )
     parser.set_defaults(run=run)
 

@@ -246,6 +246,7 @@ def test_rows_are_trained_scored_recorded_and_not_done_again(davis, tmp_path, ca
     table = table_with(
         tmp_path,
         model=TINY_CONFIG,
+        teacher="hub_cards/not-there",
         evaluate={"short_side": 64},
         train={
             "stages": [{"until": 1.0, "size": [33, 49], "frames": 2, "batch": 1}],

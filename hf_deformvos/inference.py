@@ -1,9 +1,10 @@
 """Loading for inference, as the commands do it: checked, folded, on the device and in the precision asked for."""
 
-import hashlib
 import os
+from pathlib import Path
 
 import torch
+from huggingface_hub.utils.sha import sha_fileobj
 from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.utils import cached_file
 
@@ -76,6 +77,12 @@ def _check_name(name: str):
         raise ValueError(f"A model is a folder or a Hub repository (owner/name), got {name!r}, which is neither.")
 
 
+def sha256_of(path: str | Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return sha_fileobj(file).hex()
+
+
 def hash_weights(name: str) -> str | None:
     """
     The sha256 of a model's `model.safetensors`; `None` where it has no such file.
@@ -91,13 +98,7 @@ def hash_weights(name: str) -> str | None:
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    if path is None:
-        return None
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return None if path is None else sha256_of(path)
 
 
 def size_option(processor, short_side: int | None) -> dict:

@@ -39,7 +39,6 @@ from evidence import (
     describe_model,
     digest,
     guarded,
-    hash_file,
     held_out_of,
     last_lines,
     lock,
@@ -47,6 +46,7 @@ from evidence import (
     rounded,
     run_command,
     score_model,
+    sha256_of,
     update_record,
 )
 
@@ -341,7 +341,7 @@ class Setting:
         """What stands for the initial weights."""
         if self.table.start != "fresh":
             return describe_model(self.table.start)
-        return {"name": "fresh", "backbone_sha256": None if self.backbone is None else hash_file(self.backbone)}
+        return {"name": "fresh", "backbone_sha256": None if self.backbone is None else sha256_of(self.backbone)}
 
     def model_config(self, changes: dict) -> dict:
         """The configuration of a row's model: the start's, the table's changes and the row's."""

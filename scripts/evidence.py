@@ -23,6 +23,7 @@ from pathlib import Path
 from hf_deformvos.data import HELD_OUT_SEQUENCES
 from hf_deformvos.data.davis import davis_sequences
 from hf_deformvos.evaluation.layouts import EvaluationDataset, load_dataset_layout
+from hf_deformvos.inference import sha256_of
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,21 +126,12 @@ def digest(content) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def hash_file(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
-
-
 def describe_model(folder: str | Path) -> dict:
     """Name and SHA-256 of a model folder's weights; `EvidenceError` if there are none."""
     weights = Path(folder) / "model.safetensors"
     if not weights.is_file():
         raise EvidenceError(f"{folder} must be a folder with a trained model; {weights.name} is missing in it.")
-    return {"name": Path(folder).resolve().name, "sha256": hash_file(weights)}
+    return {"name": Path(folder).resolve().name, "sha256": sha256_of(weights)}
 
 
 def describe_folder(folder: str | Path) -> dict:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from evidence import NUMBERS, ROOT, EvidenceError, describe_model, guarded, hash_file, update_record
+from evidence import NUMBERS, ROOT, EvidenceError, describe_model, guarded, sha256_of, update_record
 from PIL import Image
 
 from hf_deformvos.evaluation import EvaluationSequence, load_dataset_layout, region_similarity
@@ -409,7 +409,7 @@ def save(figure, name: str, folder: Path, facts: dict, suffix: str = ".png") -> 
     figure.savefig(path, **options)
     pyplot().close(figure)
     if folder.resolve() == IMAGES:
-        entry = {"file": path.name, "sha256": hash_file(path), **facts}
+        entry = {"file": path.name, "sha256": sha256_of(path), **facts}
         update_record(NUMBERS / "figures.json", "figures", partial(_keep, name=name, entry=entry))
     print(f"Wrote {path}")
     return path
@@ -433,7 +433,7 @@ def make_plots(options: argparse.Namespace) -> None:
         except EvidenceError as error:
             print(f"{name}: {error}")
             continue
-        facts = {"caption": caption, "sources": {path.name: hash_file(path)}}
+        facts = {"caption": caption, "sources": {path.name: sha256_of(path)}}
         facts["command"] = "python scripts/make_figures.py plots"
         save(figure, name, options.output, facts)
 

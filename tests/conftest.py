@@ -1,5 +1,6 @@
 """What every test gets: no network, few threads, fixed seeds, and a tiny model."""
 
+import logging
 import os
 
 
@@ -109,3 +110,27 @@ def tiny_clip() -> tuple[np.ndarray, np.ndarray]:
             frames[t, top : top + 24, left : left + 24] = colour
             ids[t, top : top + 24, left : left + 24] = number
     return frames, ids
+
+
+@pytest.fixture
+def warnings_of_package(caplog):
+    """transformers' loggers do not propagate; this lets caplog see ours."""
+    logger = logging.getLogger("hf_deformvos")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture
+def options(tmp_path):
+    """Of readers of data sets: a cache of their own, and no bars."""
+    return {"cache_dir": tmp_path / "cache", "show_progress_bar": False}
+
+
+@pytest.fixture
+def one_thread():
+    """On tensors this small, threads only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

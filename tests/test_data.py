@@ -1,6 +1,5 @@
 """Readers, the cache of decoded frames, clip samplers and the prefetcher, on data sets made here."""
 
-import logging
 import os
 import subprocess
 import sys
@@ -31,20 +30,6 @@ from hf_deformvos.data.store import find_objects
 
 
 SPEC = ClipSpec(size=(97, 161), frames=3, batch=4, video_share=0.5, max_gap=2)
-
-
-@pytest.fixture
-def options(tmp_path):
-    return {"cache_dir": tmp_path / "cache", "show_progress_bar": False}
-
-
-@pytest.fixture
-def warnings_of_package(caplog):
-    """transformers' loggers do not propagate; this lets caplog see ours."""
-    logger = logging.getLogger("hf_deformvos")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def ids_of(store) -> set[int]:

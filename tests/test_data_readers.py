@@ -4,7 +4,6 @@ import builtins
 import hashlib
 import io
 import json
-import logging
 import os
 from types import SimpleNamespace
 
@@ -25,20 +24,6 @@ from hf_deformvos.data import (
     load_youtube_vos,
 )
 from hf_deformvos.data.store import _fingerprint, uses_255
-
-
-@pytest.fixture
-def options(tmp_path):
-    return {"cache_dir": tmp_path / "cache", "show_progress_bar": False}
-
-
-@pytest.fixture
-def warnings_of_package(caplog):
-    """transformers' loggers do not propagate; this lets caplog see ours."""
-    logger = logging.getLogger("hf_deformvos")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def ids_of(store) -> list[int]:

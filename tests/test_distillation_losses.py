@@ -22,13 +22,7 @@ LOGIT_LOSSES = [*RELATIONS, kl_divergence_loss]
 EPSILON = 1e-8
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On tensors this small, threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

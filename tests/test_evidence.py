@@ -448,7 +448,7 @@ def test_texts_take_their_tables_from_the_records(record, tmp_path):
         (numbers / f"{name}.json").write_text(json.dumps(content))
     (docs / "images").mkdir()
     (docs / "images" / "memory.png").write_bytes(b"a picture")
-    source = {"memory.json": evidence.hash_file(numbers / "memory.json")}
+    source = {"memory.json": evidence.sha256_of(numbers / "memory.json")}
     figure = {"file": "memory.png", "caption": "What it takes.", "command": "python draw.py", "sources": source}
     (numbers / "figures.json").write_text(json.dumps({"kind": "figures", "figures": {"memory": figure}}))
     update_numbers.render(tmp_path)

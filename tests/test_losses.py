@@ -13,13 +13,7 @@ from hf_deformvos.training.losses import bootstrap_share, upsample_logits
 BATCH, FRAMES, OBJECTS, HEIGHT, WIDTH = 2, 3, 2, 6, 7
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On tensors this small, threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

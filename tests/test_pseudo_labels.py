@@ -1,6 +1,5 @@
 """Self-supervision: proposals from features, and labels of plain videos."""
 
-import logging
 import tracemalloc
 from types import SimpleNamespace
 
@@ -199,15 +198,6 @@ def processor():
 @pytest.fixture
 def options(tmp_path):
     return {"short_side": 96, "cache_dir": tmp_path / "cache", "show_progress_bar": False}
-
-
-@pytest.fixture
-def warnings_of_package(caplog):
-    """transformers' loggers do not propagate; this lets caplog see ours."""
-    logger = logging.getLogger("hf_deformvos")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def scene(index: int, numbers=(1,), size=SIZE) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,6 @@ to start more than one, whereas `--multi_gpu` is its name for torchrun, and does
 
 import hashlib
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -289,15 +288,6 @@ def test_resuming_a_run_that_is_over_changes_nothing(tmp_path):
     assert results() == first
 
 
-@pytest.fixture
-def warnings_of_package(caplog):
-    """transformers' loggers do not propagate; this lets caplog see ours."""
-    logger = logging.getLogger("hf_deformvos")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
-
-
 def test_what_has_changed_since_the_checkpoint_is_named(tmp_path, warnings_of_package):
     teacher = tmp_path / "teacher"
     teacher.mkdir()
@@ -547,7 +537,8 @@ def test_killed_and_resumed_equals_uninterrupted(tiny_run):
 def test_two_processes_equal_one_with_the_same_batches(tiny_run):
     """
     Batch n is the same whoever draws it, so two processes are one that accumulates two batches a step. Only the order
-    of sums differs: losses agree to 1e-4 and weights, which AdamW moves by the sign of tiny gradients, to 2e-3.
+    of sums differs: the first step's losses agree to 1e-5, later ones to 1e-3 and weights to 2e-3, because AdamW moves
+    weights by the sign of tiny gradients.
     """
     config, both, one = str(tiny_run / "config.json"), tiny_run / "both", tiny_run / "one"
     ran = launch(
@@ -558,9 +549,9 @@ def test_two_processes_equal_one_with_the_same_batches(tiny_run):
     assert train_distill.main([config, "--output_dir", str(one), "--gradient_accumulation_steps", "2"]) == 0
     ours, theirs = log_of(both), log_of(one)
     assert [line["step"] for line in ours] == [1, 2, 3, 4]
-    for line, other in zip(ours, theirs, strict=True):
-        assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
-        assert line["loss_ce"] == pytest.approx(other["loss_ce"], rel=1e-4)
+    for line, other, tolerance in zip(ours, theirs, [1e-5, 1e-3, 1e-3, 1e-3], strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=tolerance)
+        assert line["loss_ce"] == pytest.approx(other["loss_ce"], rel=tolerance)
     assert json.loads((both / "all_results.json").read_text())["clips"] == 8
     weights, others = load_file(both / "model.safetensors"), load_file(one / "model.safetensors")
     for name, value in weights.items():

@@ -40,13 +40,7 @@ MOVING = replace(NOTHING, flip=0.5, rotation=10, scale=0.1, shear=0.06, motion=1
 PASTING = replace(MOVING, paste=1.0, distractor=1.0, occluder=0.5)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On tensors this small, threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_raw(static: bool, batch: int = 4, frames: int = 2, size=SIZE, canvas=CANVAS) -> RawBatch:

@@ -1,21 +1,13 @@
 """Records of evaluations as `deformvos evaluate --json` and docs/numbers hold them, and the tables that show them."""
 
-import hashlib
 import json
 from pathlib import Path
+
+from ..inference import sha256_of
 
 
 _ENDINGS = {"mean": "", "recall": "-recall", "decay": "-decay"}
 MEASURES = ("JF", "J", "J-recall", "J-decay", "F", "F-recall", "F-decay")
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def as_record(report: dict, model: str, weights: Path, command: str) -> dict:

@@ -1,0 +1,357 @@
+"""Following of marked objects through a visitor's video, one frame at a time, in memory that does not grow."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import metadata_load
+from workspace import DemoError, Workspace
+
+from hf_deformvos.inference import load_for_inference, size_option
+from hf_deformvos.video import BackgroundWorker, prefetch
+
+
+logger = logging.getLogger(__name__)
+
+DIRECTIONS = ("forwards", "backwards", "both")
+# What each quality makes of a frame's short side; None is the size that the model was made for.
+QUALITIES: dict[str, int | None] = {"Fast": 320, "Standard": None}
+
+_HERE = Path(__file__).resolve().parent
+# Frames that may wait before and after the network: enough to even out stalls.
+_QUEUE_DEPTH = 3
+# Seconds over which the speed is measured.
+_SPEED_WINDOW = 5.0
+# bfloat16 must be so much faster than float32 to be worth its rounding.
+_WORTHWHILE = 0.75
+
+
+@dataclass(frozen=True)
+class Progress:
+    """
+    How far a run is.
+
+    Attributes:
+        frame_idx (`int`): the frame whose result was written last; the first one's before that.
+        done, total (`int`): frames of this run.
+        fps (`float`): frames a second, over the last seconds; 0 before it can be told.
+        seconds_left (`float`, *optional*): at that speed; `None` before it can be told.
+        finished (`bool`): whether this is the last report.
+        stopped (`bool`): whether the run was ended before all frames were done.
+    """
+
+    frame_idx: int
+    done: int
+    total: int
+    fps: float = 0.0
+    seconds_left: float | None = None
+    finished: bool = False
+    stopped: bool = False
+
+
+def available_models() -> dict[str, str]:
+    """
+    The models to choose from: label to folder or Hub repository.
+
+    Those of the environment variable `DEFORMVOS_MODELS` (`label=path,label=path`), else those in `hub_cards` of the
+    checkout, else those that the Space's README.md names.
+
+    Raises:
+        ValueError: if the environment variable is not of that form.
+    """
+    named = os.environ.get("DEFORMVOS_MODELS", "").strip()
+    if named:
+        pairs = [entry.partition("=") for entry in named.split(",") if entry.strip()]
+        if not all(label.strip() and path.strip() for label, _, path in pairs):
+            raise ValueError(
+                f"The environment variable DEFORMVOS_MODELS must be label=path,label=path; got {named!r}."
+            )
+        return {label.strip(): path.strip() for label, _, path in pairs}
+    cards = sorted((_HERE.parent / "hub_cards").glob("*/config.json"))
+    folders = [str(card.parent) for card in cards if (card.parent / "model.safetensors").is_file()]
+    readme = _HERE / "README.md"
+    if not folders and readme.is_file():
+        folders = (metadata_load(readme) or {}).get("models") or []
+    return {_label(folder): folder for folder in folders}
+
+
+def _label(name: str) -> str:
+    """`deformvos/deformvos-student` as people say it: `Student`."""
+    return name.replace(os.sep, "/").rsplit("/", 1)[-1].removeprefix("deformvos-").replace("-", " ").capitalize()
+
+
+@cache
+def native_dtype() -> str:
+    """
+    The precision to compute in: bfloat16 where this machine is the faster for it, by a short measurement on a CPU,
+    else float32. The environment variable `DEFORMVOS_DTYPE` decides without measuring.
+    """
+    chosen = os.environ.get("DEFORMVOS_DTYPE", "").strip()
+    if chosen:
+        return chosen
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if torch.backends.mps.is_available():
+        return "float32"
+    seconds = {name: _probe_seconds(getattr(torch, name)) for name in ("float32", "bfloat16")}
+    return "bfloat16" if seconds["bfloat16"] < _WORTHWHILE * seconds["float32"] else "float32"
+
+
+@torch.inference_mode()
+def _probe_seconds(dtype: torch.dtype) -> float:
+    """Seconds of one convolution of the network's kind; the least of some, since other programs run as well."""
+    pixels, kernel = torch.ones(1, 256, 31, 55, dtype=dtype), torch.ones(256, 256, 3, 3, dtype=dtype)
+    taken = []
+    for _ in range(6):
+        started = time.perf_counter()
+        torch.nn.functional.conv2d(pixels, kernel)
+        taken.append(time.perf_counter() - started)
+    return min(taken[1:])
+
+
+class Models:
+    """The models of `available_models`, each loaded when it is first asked for and kept."""
+
+    def __init__(self):
+        self._loaded: dict[str, tuple] = {}
+        self._lock = threading.Lock()
+
+    def get(self, name: str) -> tuple:
+        """
+        Model and processor by label.
+
+        Raises:
+            DemoError: if there is no such model, or it cannot be loaded.
+        """
+        with self._lock:
+            if name not in self._loaded:
+                known = available_models()
+                if name not in known:
+                    raise DemoError(f"There is no model {name!r}; choose one of {', '.join(known) or 'none'}.")
+                try:
+                    self._loaded[name] = load_for_inference(known[name], dtype=native_dtype())
+                except Exception as error:  # of many libraries: network, safetensors, JSON, transformers
+                    logger.exception(f"The model {known[name]} cannot be loaded.")
+                    raise DemoError(
+                        f"The model {name} cannot be loaded just now. Choose another one, or try again in a while."
+                    ) from error
+            return self._loaded[name]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """
+    One way through a video. Positions count from the end of the video that it comes from, so that both directions
+    are the same to the session: frames with smaller positions have passed.
+    """
+
+    num_frames: int
+    start: int
+    is_reversed: bool
+    skips_start: bool = False
+
+    def position(self, frame_idx: int) -> int:
+        """Where the pass meets a frame."""
+        return self.num_frames - 1 - frame_idx if self.is_reversed else frame_idx
+
+    def references(self, marked) -> list[int]:
+        """Marked frames that lie before the start, in the order of the pass."""
+        passed = [frame_idx for frame_idx in marked if self.position(frame_idx) < self.position(self.start)]
+        passed += [self.start] if self.skips_start else []
+        return sorted(passed, key=self.position)
+
+    def visits(self) -> range:
+        """The frames that get a result, in order."""
+        step = -1 if self.is_reversed else 1
+        return range(self.start + step * self.skips_start, -1 if self.is_reversed else self.num_frames, step)
+
+
+def follow(
+    workspace: Workspace,
+    models: Models,
+    model_name: str,
+    quality: str,
+    start: int,
+    direction: str = "both",
+    progress_every: float = 0.2,
+) -> Iterator[Progress]:
+    """
+    Follow what is marked, from a marked frame on; results are in the workspace as soon as they are reported.
+
+    Marks of other frames count as well: those on the far side of the start tell what objects look like, those ahead
+    correct the result when they are reached. On a marked frame the result is what was given, to the pixel. Results of
+    frames that are not visited stay, so that a correction changes one side of the video only.
+
+    `workspace.stop` ends the run, and what is done stays; so does closing the generator.
+
+    Args:
+        workspace ([`Workspace`]): with a video and marks.
+        models ([`Models`]), model_name (`str`): a label of `available_models`.
+        quality (`str`): a key of `QUALITIES`.
+        start (`int`): the frame to start from.
+        direction (`str`, *optional*, defaults to `"both"`): one of `DIRECTIONS`; of both, forwards comes first.
+        progress_every (`float`, *optional*, defaults to 0.2): seconds between reports.
+
+    Yields:
+        [`Progress`]: the first at once, the last with `finished`.
+
+    Raises:
+        DemoError: if nothing is marked at the start, other work goes on, or the model, memory or disk fail.
+    """
+    with workspace.busy("following the objects"):
+        passes = _plan(workspace, start, direction)
+        if quality not in QUALITIES:
+            raise DemoError(f"There is no quality {quality!r}; choose one of {', '.join(QUALITIES)}.")
+        run = _Run(workspace, sum(len(each.visits()) for each in passes), start)
+        yield run.report()
+        model, processor = models.get(model_name)
+        follower = _Follower(workspace, model, processor, QUALITIES[quality])
+        worker = BackgroundWorker(run.write, _QUEUE_DEPTH)
+        try:
+            try:
+                reported = time.perf_counter()
+                for frame_idx, id_map in _through(passes, follower):
+                    worker.submit(frame_idx, id_map)
+                    workspace.touch()
+                    if workspace.should_stop:
+                        break
+                    if time.perf_counter() - reported >= progress_every:
+                        reported = time.perf_counter()
+                        yield run.report()
+            finally:
+                worker.close()
+        except (DemoError, OSError, RuntimeError) as error:
+            if not workspace.is_closed:
+                raise _explain(error) from error
+        yield replace(run.report(), finished=True, stopped=run.done < run.total)
+
+
+def _plan(workspace: Workspace, start: int, direction: str) -> list[_Pass]:
+    """The ways through the video, or why there is nothing to follow."""
+    if workspace.facts is None:
+        raise DemoError("There is no video yet. Upload one first.")
+    count, marks = workspace.facts.num_frames, workspace.marks
+    if direction not in DIRECTIONS:
+        raise DemoError(f"There is no direction {direction!r}; choose one of {', '.join(DIRECTIONS)}.")
+    if not 0 <= start < count:
+        raise DemoError(f"The video has the frames 0 to {count - 1}, got {start}.")
+    if start not in marks:
+        elsewhere = ", ".join(str(frame_idx) for frame_idx in list(marks)[:5])
+        hint = f" Marks are on frame {elsewhere}: start there." if elsewhere else ""
+        raise DemoError(f"Nothing is marked on frame {start}. Mark an object first.{hint}")
+    passes = []
+    if direction != "backwards":
+        passes.append(_Pass(count, start, is_reversed=False))
+    if direction == "backwards" or (direction == "both" and start > 0):
+        passes.append(_Pass(count, start, is_reversed=True, skips_start=direction == "both"))
+    if not any(marks[frame_idx].any() for frame_idx in (start, *passes[0].references(marks))):
+        raise DemoError(f"Nothing is marked on frame {start} or before it on this way. Mark an object first.")
+    return passes
+
+
+def _through(passes: list[_Pass], follower: _Follower) -> Iterator[tuple[int, np.ndarray]]:
+    """Results of all passes, one after the other."""
+    for each in passes:
+        with closing(follower.results(each)) as results:
+            yield from results
+
+
+class _Run:
+    """Counts what is written, and tells how fast; written to by the worker's thread."""
+
+    def __init__(self, workspace: Workspace, total: int, start: int):
+        self.workspace, self.total = workspace, total
+        self.done = 0
+        self._last = start
+        self._times: deque[float] = deque()
+
+    def write(self, frame_idx: int, id_map: np.ndarray):
+        """In the worker's thread: keeps one result."""
+        self.workspace.write_mask(frame_idx, id_map)
+        now = time.perf_counter()
+        self._times.append(now)
+        while len(self._times) > 2 and now - self._times[0] > _SPEED_WINDOW:
+            self._times.popleft()
+        self._last, self.done = frame_idx, self.done + 1
+
+    def report(self) -> Progress:
+        """How far the run is."""
+        times, done = list(self._times), self.done
+        fps = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 and times[-1] > times[0] else 0.0
+        return Progress(self._last, done, self.total, fps, (self.total - done) / fps if fps else None)
+
+
+class _Follower:
+    """Runs a model over a workspace's frames: this thread computes, another one reads and prepares frames."""
+
+    def __init__(self, workspace: Workspace, model, processor, short_side: int | None):
+        self.workspace, self.model, self.processor = workspace, model, processor
+        self.shape = workspace.facts.height, workspace.facts.width
+        self._size = size_option(processor, short_side)
+
+    def results(self, way: _Pass) -> Iterator[tuple[int, np.ndarray]]:
+        """Frame and id map of every frame that the pass visits."""
+        session = self.processor.init_video_session(dtype=self.model.dtype)
+        references = way.references(self.workspace.marks)
+        prepared = prefetch(self._prepare([*references, *way.visits()]), _QUEUE_DEPTH)
+        with closing(prepared):
+            for number, (frame_idx, pixel_values) in enumerate(prepared):
+                if self.workspace.should_stop:
+                    return
+                id_map = self._step(session, way, frame_idx, pixel_values)
+                if number >= len(references):
+                    yield frame_idx, id_map
+
+    def _prepare(self, frame_indices: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        """In the reading thread: frames at the network's size."""
+        frames = self.workspace.frames
+        for frame_idx in frame_indices:
+            inputs = self.processor(images=frames[frame_idx], return_tensors="pt", **self._size)
+            yield frame_idx, inputs.pixel_values[0]
+
+    @torch.inference_mode()
+    def _step(self, session, way: _Pass, frame_idx: int, pixel_values: torch.Tensor) -> np.ndarray:
+        """One frame through the network, with what was given on it."""
+        position, given = way.position(frame_idx), self.workspace.marks.get(frame_idx)
+        is_whole = given is not None and self.workspace.is_whole(frame_idx)
+        if given is not None:
+            ids = np.unique(given[given > 0]).tolist()
+            # An object that is known but not in a map that says all is not to be seen: its mask is empty.
+            ids += [obj_id for obj_id in session.object_ids if is_whole and obj_id not in ids]
+            if ids:
+                self.processor.add_inputs_to_inference_session(
+                    session, position, ids, [given == obj_id for obj_id in ids], original_size=self.shape
+                )
+        if not session.object_ids:
+            return np.zeros(self.shape, dtype=np.uint8)
+        output = self.model(inference_session=session, frame=pixel_values, frame_idx=position)
+        if is_whole:
+            return given
+        id_map = self.processor.post_process_id_map(output, original_size=self.shape).astype(np.uint8)
+        if given is None:
+            return id_map
+        # To the pixel as given, not as it comes back from the network's size.
+        return np.where(given > 0, given, np.where(np.isin(id_map, given[given > 0]), 0, id_map))
+
+
+def _explain(error: Exception) -> Exception:
+    """What the visitor can do about a failure; errors of the program stay what they are."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return DemoError("The machine ran out of memory. Choose the quality Fast, or try again in some minutes.")
+    if isinstance(error, OSError):
+        return DemoError("The machine could not read or write its files. Try again; what was followed so far is kept.")
+    return error
+
+
+__all__ = ["DIRECTIONS", "QUALITIES", "Models", "Progress", "available_models", "follow", "native_dtype"]

@@ -77,7 +77,9 @@ class DeformVosImageProcessor(PilBackend):
             # One pass over the pixels: uint8 * scale - mean / deviation.
             pixels = torch.from_numpy(np.array(frame)).permute(2, 0, 1)
             pixel_values.append(torch.addcmul(-mean / deviation, pixels, scale))
-        if len({tuple(pixels.shape) for pixels in pixel_values}) == 1:
+        if len(pixel_values) == 1:
+            pixel_values = pixel_values[0].unsqueeze(0)
+        elif len({tuple(pixels.shape) for pixels in pixel_values}) == 1:
             pixel_values = torch.stack(pixel_values)
         data = {"pixel_values": pixel_values, "original_sizes": [tuple(size) for size in original_sizes]}
         return BatchFeature(data=data, tensor_type=return_tensors, skip_tensor_conversion=["original_sizes"])

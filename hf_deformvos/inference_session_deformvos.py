@@ -355,7 +355,7 @@ class DeformVosInferenceSession:
         device = torch.device(self.inference_device or model.device)
         if device.type != model.device.type:
             raise ValueError(f"The session computes on {device}, the model lies on {model.device}: move one of them.")
-        return pixel_values.to(device, model.dtype)
+        return pixel_values.to(device, model.dtype, memory_format=torch.channels_last)
 
     def _autocast(self, model: DeformVosModel):
         if self.dtype in (None, model.dtype):

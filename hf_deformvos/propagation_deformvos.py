@@ -51,6 +51,17 @@ def to_map(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return tokens.transpose(1, 2).unflatten(2, (height, width))
 
 
+def channels_last(hidden: torch.Tensor) -> torch.Tensor:
+    """
+    The same map with its channels side by side in memory, and the strides that say so.
+
+    A batch of one may have any stride on its first axis: `contiguous` leaves such a map as it is, and convolutions take
+    it for one with channels first, which is several times slower.
+    """
+    rows = hidden.permute(0, 2, 3, 1)
+    return rows.flatten(0, 2).unflatten(0, rows.shape[:3]).permute(0, 3, 1, 2)
+
+
 def reference_points(height: int, width: int, stride: int, device: torch.device) -> torch.Tensor:
     """Regular grid of points as `(rows, columns, 2)` float32 (y, x) in tokens, the first at token (0, 0)."""
     rows = torch.arange(0, height, stride, device=device, dtype=torch.float32)
@@ -81,8 +92,8 @@ def sample_at(hidden: torch.Tensor, locations: torch.Tensor) -> torch.Tensor:
 
 
 def _softmax(scores: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Softmax over the keys, computed in float32 at least, returned in `dtype`."""
-    return torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(dtype)
+    """Softmax over the keys, returned in `dtype`; its kernels compute in float32 at least, also on half precision."""
+    return torch.softmax(scores, dim=-1).to(dtype)
 
 
 # A model's `_init_weights` is only asked about modules with parameters of their own: a convolution's class tells what
@@ -155,14 +166,13 @@ class GridDeformableAttention(nn.Module):
         """
         height, width = query.shape[-2:]
         locations = self.locate(query)
-        channels = query.shape[1]
-        sampled = [sample_at(torch.cat(pair, dim=1), locations) for pair in zip(keys, values, strict=True)]
-        sampled = torch.cat(sampled, dim=1)
-        scores = to_tokens(query / math.sqrt(channels)) @ sampled[..., :channels].transpose(1, 2)
+        sampled_keys = torch.cat([sample_at(key, locations) for key in keys], dim=1)
+        sampled_values = torch.cat([sample_at(value, locations) for value in values], dim=1)
+        scores = to_tokens(query / math.sqrt(query.shape[1])) @ sampled_keys.transpose(1, 2)
         if self.distance_decay is not None:
             scores = scores + self._bias(locations, height, width).repeat(1, 1, len(keys))
-        attention = _softmax(scores, sampled.dtype)
-        return to_map(attention @ sampled[..., channels:], height, width), attention, locations
+        attention = _softmax(scores, sampled_values.dtype)
+        return to_map(attention @ sampled_values, height, width), attention, locations
 
     def _bias(self, locations: torch.Tensor, height: int, width: int) -> torch.Tensor:
         queries = reference_points(height, width, 1, locations.device).flatten(0, 1).to(locations.dtype)
@@ -207,7 +217,8 @@ class QueryDeformableAttention(nn.Module):
         inside = ((window >= 0) & (window <= last)).all(-1)
         clamped = torch.minimum(window.clamp_min(0), last)
         index = clamped[..., 0] * width + clamped[..., 1]
-        return to_map(scores.gather(2, index.expand(scores.shape[0], -1, -1)) * inside, height, width)
+        correlations = scores.gather(2, index.expand(scores.shape[0], -1, -1)) * inside
+        return channels_last(to_map(correlations, height, width))
 
     def locate(self, query: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Sampled locations `(B, n, P, 2)`, clamped to the frame."""
@@ -233,24 +244,32 @@ class QueryDeformableAttention(nn.Module):
         locations = self.locate(query, scores)
         index, weights = bilinear_corners(locations, height, width)
         corner_scores = scores.gather(2, index.flatten(2)).unflatten(2, index.shape[2:])
-        sampled = (corner_scores * weights).sum(-1) + self.point_bias
-        attention = _softmax(sampled, weights.dtype).unsqueeze(-1) * weights
-        dense = torch.zeros_like(scores, dtype=weights.dtype).scatter_add(2, index.flatten(2), attention.flatten(2))
+        sampled = (corner_scores * weights).sum(-2) + self.point_bias
+        attention = _softmax(sampled, weights.dtype).unsqueeze(-2) * weights
+        dense = torch.zeros_like(scores, dtype=weights.dtype).scatter_add_(2, index.flatten(2), attention.flatten(2))
         dense = dense.to(value.dtype)
         return to_map(dense @ to_tokens(value), height, width), dense, locations
 
 
 def bilinear_corners(locations: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The four tokens around each point and their bilinear weights, both `(..., 4)`; points lie inside the frame."""
-    corner = locations.detach().floor()
-    fraction = locations - corner
-    last = corner.new_tensor([height - 1, width - 1])
-    near = corner.long()
-    far = torch.minimum(corner + 1, last).long()
-    rows, columns = torch.stack([near, far], -1).unbind(-2)
-    index = (rows.unsqueeze(-1) * width + columns.unsqueeze(-2)).flatten(-2)
-    row_weights, column_weights = torch.stack([1 - fraction, fraction], -1).unbind(-2)
-    return index, (row_weights.unsqueeze(-1) * column_weights.unsqueeze(-2)).flatten(-2)
+    """
+    The four tokens around each point and their bilinear weights.
+
+    Args:
+        locations (`torch.Tensor` of shape `(..., P, 2)`): (y, x) in tokens, inside the frame.
+
+    Returns:
+        Positions in the flattened map and weights, both `(..., 4, P)`: a corner's points lie side by side.
+    """
+    y, x = locations.unbind(-1)
+    top, left = y.detach().floor(), x.detach().floor()
+    below, right = y - top, x - left
+    top, left = top.long(), left.long()
+    rows = top * width, (top + 1).clamp_max(height - 1) * width
+    columns = left, (left + 1).clamp_max(width - 1)
+    index = torch.stack([row + column for row in rows for column in columns], dim=-2)
+    weights = [row * column for row in (1 - below, below) for column in (1 - right, right)]
+    return index, torch.stack(weights, dim=-2)
 
 
 class GatedOutput(nn.Module):
@@ -277,11 +296,11 @@ class GatedOutput(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`(B, value_size * (1 + G), h, w)` to the updates of I `(B, C, h, w)` and of M `(B * G, C, h, w)`."""
         size = visual_gate.shape[1]
-        visual = self.visual_depthwise(read[:, :size] * visual_gate)
+        visual = self.visual_depthwise(channels_last(read[:, :size] * visual_gate))
         identification = read[:, size:].unflatten(1, (-1, size)).flatten(0, 1)
         if id_gate is not None:
             identification = identification * id_gate
-        identification = self.id_depthwise(identification)
+        identification = self.id_depthwise(channels_last(identification))
         both = torch.cat([repeat_groups(visual, identification.shape[0] // visual.shape[0]), identification], dim=1)
         return self.visual_project(visual if self.object_independent else both), self.id_project(both)
 

@@ -302,7 +302,7 @@ def weights_on_grid(followed: Followed, name: str, query: int) -> tuple[np.ndarr
     else:
         # Of several memories the first is that of the first frame.
         index, corners = bilinear_corners(points, height, width)
-        spread = (weights[: len(points), None] * corners).flatten()
+        spread = (weights[: len(points)] * corners).flatten()
         dense = torch.zeros(height * width).scatter_add(0, index.flatten(), spread).view(height, width)
     return (dense / dense.max().clamp_min(1e-9)).numpy(), points.numpy()
 

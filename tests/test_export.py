@@ -33,7 +33,7 @@ def step_inputs(model, tiny_processor, tiny_clip):
 def test_explicit_state_is_the_sessions(model, step_inputs):
     inputs, frame = step_inputs
     masks, keys, values = ExportableStep(model)(*inputs)
-    torch.testing.assert_close(masks, frame.masks)
+    torch.testing.assert_close(masks, frame.masks, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(keys, torch.cat([layer.key for layer in frame.layers]))
     torch.testing.assert_close(values, torch.cat([layer.values for layer in frame.layers]))
 

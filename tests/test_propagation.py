@@ -123,8 +123,9 @@ def test_sample_at_is_grid_sample_at_token_coordinates():
             expected.append(top * (1 - (y - y0)) + bottom * (y - y0))
     torch.testing.assert_close(sample_at(hidden, locations), torch.stack(expected).view(2, 6, 3))
     index, weights = bilinear_corners(locations, 5, 4)
-    gathered = hidden.flatten(2).unsqueeze(1).expand(-1, 6, -1, -1).gather(3, index.unsqueeze(2).expand(-1, -1, 3, -1))
-    torch.testing.assert_close((gathered * weights.unsqueeze(2)).sum(-1), torch.stack(expected).view(2, 6, 3))
+    gathered = hidden.flatten(2).gather(2, index.flatten(1).unsqueeze(1).expand(-1, 3, -1)).unflatten(2, (4, 6))
+    read = (gathered * weights.unsqueeze(1)).sum(2).transpose(1, 2)
+    torch.testing.assert_close(read, torch.stack(expected).view(2, 6, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -193,8 +193,10 @@ class TokenProjection(nn.Module):
         size = [2 * side - 1 for side in coarse.shape[-2:]]
         coarse = F.interpolate(coarse, size=size, mode="bilinear", align_corners=True)
         for axis, side in zip((-2, -1), sides, strict=True):
-            if coarse.shape[axis] < side:
-                coarse = torch.cat([coarse, coarse.narrow(axis, coarse.shape[axis] - 1, 1)], dim=axis)
+            if torch.compiler.is_exporting() or coarse.shape[axis] < side:
+                # The same for odd and even sides, so that an exported graph takes both.
+                index = torch.arange(side, device=coarse.device).clamp_max(coarse.shape[axis] - 1)
+                coarse = coarse.index_select(axis, index)
         return coarse
 
 

@@ -69,23 +69,30 @@ def reference_points(height: int, width: int, stride: int, device: torch.device)
     return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)
 
 
+def last_token(height: int, width: int, like: torch.Tensor) -> torch.Tensor:
+    """The largest (y, x) inside the map, in dtype and on the device of another tensor."""
+    # `new_tensor` would write the sizes into an exported graph as constants.
+    return torch.stack([like.new_full((), height - 1), like.new_full((), width - 1)])
+
+
 def sample_at(hidden: torch.Tensor, locations: torch.Tensor) -> torch.Tensor:
     """
     Bilinear samples of a map at points given in tokens.
 
     Args:
         hidden (`torch.Tensor` of shape `(B, C, h, w)`): the map.
-        locations (`torch.Tensor` of shape `(B, P, 2)`): (y, x) in tokens; outside points take the border's value.
+        locations (`torch.Tensor` of shape `(B, P, 2)` or `(1, P, 2)`):
+            (y, x) in tokens; outside points take the border's value.
 
     Returns:
         `torch.Tensor` of shape `(B, P, C)` in the dtype of `hidden`. Coordinates are handled in float32, or in float64
         where the locations are.
     """
     height, width = hidden.shape[-2:]
-    last = locations.new_tensor([height - 1, width - 1])
+    last = last_token(height, width, locations)
     # Clamped here, which every device can do; border padding in grid_sample is the same but not on all of them.
     inside = torch.minimum(locations.clamp_min(0), last)
-    grid = (2.0 * inside / last.clamp_min(1) - 1.0).flip(-1).unsqueeze(1)
+    grid = (2.0 * inside / last.clamp_min(1) - 1.0).flip(-1).unsqueeze(1).expand(hidden.shape[0], -1, -1, -1)
     # grid_sample refuses mixed dtypes, and half-precision coordinates would miss tokens on long sides.
     sampled = F.grid_sample(hidden.to(grid.dtype), grid, mode="bilinear", padding_mode="zeros", align_corners=True)
     return sampled.squeeze(2).transpose(1, 2).to(hidden.dtype)
@@ -146,10 +153,12 @@ class GridDeformableAttention(nn.Module):
 
     def locate(self, query: torch.Tensor) -> torch.Tensor:
         """Sampled locations `(B, P, 2)` for the queries `(B, C, h, w)`."""
-        points = reference_points(*query.shape[-2:], self.stride, query.device)
         if self.use_offsets:
-            points = points + self.max_offset * torch.tanh(self.offset_network(query)[..., 0, :])
+            offsets = self.max_offset * torch.tanh(self.offset_network(query)[..., 0, :])
+            # As many points as there are offsets: an exported graph need not prove that two ways of counting agree.
+            points = reference_points(*offsets.shape[1:3], 1, query.device) * self.stride + offsets
         else:
+            points = reference_points(*query.shape[-2:], self.stride, query.device)
             points = points.expand(query.shape[0], -1, -1, -1)
         return points.flatten(1, 2)
 
@@ -159,20 +168,27 @@ class GridDeformableAttention(nn.Module):
         """
         Args:
             query (`(B, key_size, h, w)`): the current frame's queries.
-            keys, values (lists of `(B, C, h, w)`, an entry a memory frame): what the memory holds.
+            keys, values (lists of `(B, C, h, w)`, an entry a memory frame): what the memory holds. Of a single video
+                one entry may also hold several frames, `(S, C, h, w)`.
 
         Returns:
             The read values `(B, C, h, w)`, the attention `(B, n, S * P)` and the locations `(B, P, 2)`.
         """
         height, width = query.shape[-2:]
         locations = self.locate(query)
-        sampled_keys = torch.cat([sample_at(key, locations) for key in keys], dim=1)
-        sampled_values = torch.cat([sample_at(value, locations) for value in values], dim=1)
+        sampled_keys, sampled_values = self._sample(keys, locations), self._sample(values, locations)
         scores = to_tokens(query / math.sqrt(query.shape[1])) @ sampled_keys.transpose(1, 2)
         if self.distance_decay is not None:
-            scores = scores + self._bias(locations, height, width).repeat(1, 1, len(keys))
+            num_frames = sampled_keys.shape[1] // locations.shape[1]
+            scores = scores + self._bias(locations, height, width).repeat(1, 1, num_frames)
         attention = _softmax(scores, sampled_values.dtype)
         return to_map(attention @ sampled_values, height, width), attention, locations
+
+    @staticmethod
+    def _sample(maps: list[torch.Tensor], locations: torch.Tensor) -> torch.Tensor:
+        """Samples of every frame's map side by side, `(B, S * P, C)`."""
+        sampled = torch.cat([sample_at(each, locations) for each in maps], dim=1)
+        return sampled.reshape(locations.shape[0], -1, sampled.shape[-1])
 
     def _bias(self, locations: torch.Tensor, height: int, width: int) -> torch.Tensor:
         queries = reference_points(height, width, 1, locations.device).flatten(0, 1).to(locations.dtype)
@@ -213,7 +229,7 @@ class QueryDeformableAttention(nn.Module):
     def _correlations(self, scores: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Scores against the memory around each query, zero outside the frame: `(B, window, h, w)`."""
         window = self._window(height, width, self.correlation_radius, scores.device).long()
-        last = window.new_tensor([height - 1, width - 1])
+        last = last_token(height, width, window)
         inside = ((window >= 0) & (window <= last)).all(-1)
         clamped = torch.minimum(window.clamp_min(0), last)
         index = clamped[..., 0] * width + clamped[..., 1]
@@ -231,7 +247,7 @@ class QueryDeformableAttention(nn.Module):
             points = points + displacement + self.max_offset * torch.tanh(predicted[:, :, 1:] / self.max_offset)
         else:
             points = points.expand(query.shape[0], -1, -1, -1)
-        return torch.minimum(points.clamp_min(0), points.new_tensor([height - 1, width - 1]))
+        return torch.minimum(points.clamp_min(0), last_token(height, width, points))
 
     def forward(
         self, query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]

@@ -1,6 +1,6 @@
-"""The network as a graph whose memory goes in and comes out as tensors."""
+"""The network as graphs whose memory goes in and comes out as tensors, and a session that runs them without PyTorch."""
 
-from .step import ExportableStep, StepMemory, export_step_to_onnx
+from .exporting import DTYPES, FORMATS, export_model
 
 
-__all__ = ["ExportableStep", "StepMemory", "export_step_to_onnx"]
+__all__ = ["DTYPES", "FORMATS", "export_model"]

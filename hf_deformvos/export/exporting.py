@@ -1,0 +1,248 @@
+"""`deformvos export` as a function: a model to a folder that runs without this package, or without PyTorch at all."""
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoProcessor
+from transformers.utils import logging as transformers_logging
+
+from ..inference import hash_weights, load_for_inference, sha256_of
+from ..modeling_deformvos import DeformVosModel
+from . import onnx_session
+from .graphs import Graph, build_graphs, export_program
+
+
+logger = transformers_logging.get_logger(__name__)
+
+FORMATS = ("onnx", "torch")
+DTYPES = ("float32", "int8")
+# LayerNormalization is there from 17 on; 18 is the oldest that PyTorch's exporter writes without converting.
+OPSET = 18
+SESSION_FILE = "deformvos_onnx.py"
+_SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
+_CONFIG_FIELDS = ("max_objects", "memory_interval", "long_term_slots", "object_independent", "value_size")
+
+
+def export_model(
+    model: str | os.PathLike,
+    out: str | os.PathLike,
+    format: str = "onnx",
+    dtype: str = "float32",
+    calibration: str | os.PathLike | None = None,
+    calibration_mask: str | os.PathLike | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """
+    Export a model as graphs with explicit memory, for frames of any size, any number of objects and of memory frames.
+
+    Args:
+        model (`str` or `os.PathLike`): a folder or a Hub repository.
+        out (`str` or `os.PathLike`): the folder to write.
+        format (`str`, defaults to `"onnx"`):
+            `"onnx"`: ONNX files of opset 18 and a module that runs them on NumPy, Pillow and onnxruntime. `"torch"`:
+            programs for `torch.export.load`.
+        dtype (`str`, defaults to `"float32"`): `"int8"` quantises the convolutions that gain by it; ONNX alone.
+        calibration (`str` or `os.PathLike`, *optional*):
+            A video whose frames tell `"int8"` the ranges of activations; the example clip of a checkout by default.
+        calibration_mask (`str` or `os.PathLike`, *optional*): the mask of its first frame.
+        overwrite (`bool`, defaults to `False`): whether to replace an export in `out`.
+
+    Returns:
+        `Path`: the folder.
+
+    Raises:
+        ValueError: if an option is unknown or does not fit the others, `out` holds something, or the model cannot be
+            exported.
+        OSError: if there is no such model.
+    """
+    _check_options(format, dtype, calibration, calibration_mask)
+    out = Path(out)
+    _check_target(out, overwrite)
+    loaded, _ = load_for_inference(str(model), device="cpu")
+    if not isinstance(loaded, DeformVosModel):
+        raise ValueError(f"{model} is an exported model itself; export the model that it was made from.")
+    processor = AutoProcessor.from_pretrained(str(model))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside the target and moved there: what is under the name is whole.
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        part = Path(folder, "export")
+        part.mkdir()
+        for graph in build_graphs(loaded):
+            write_graph(graph, part, format)
+        settings = _settings(loaded, processor, format)
+        settings["source"] = {"name": str(model), "sha256": hash_weights(str(model))}
+        _write_runtime(part, settings)
+        if dtype == "int8":
+            from .quantization import quantize
+
+            quantize(part, calibration, calibration_mask)
+        _finish(part)
+        if out.exists():
+            shutil.rmtree(out)
+        part.rename(out)
+    return out
+
+
+def _check_options(format: str, dtype: str, calibration, calibration_mask):
+    for name, value, known in (("format", format, FORMATS), ("dtype", dtype, DTYPES)):
+        if value not in known:
+            raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}.")
+    if dtype == "int8" and format != "onnx":
+        raise ValueError(f"`dtype` int8 is there for `format` onnx alone, got {format!r}.")
+    if (calibration is None) != (calibration_mask is None):
+        raise ValueError("`calibration` and `calibration_mask` belong together: a video and the mask of its first frame.")
+    if calibration is not None and dtype != "int8":
+        raise ValueError(f"`calibration` is for `dtype` int8, got {dtype!r}.")
+
+
+def _check_target(out: Path, overwrite: bool):
+    """An error unless the folder is free, or an earlier export that may go."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ValueError(f"The target must be a folder, got {out}, which is a file.")
+    if any(out.iterdir()):
+        if not (out / onnx_session.SETTINGS_FILE).is_file():
+            raise ValueError(f"{out} holds files that are no export; choose another folder.")
+        if not overwrite:
+            raise ValueError(f"{out} holds an export; choose another folder, or overwrite it.")
+
+
+def write_graph(graph: Graph, folder: Path, format: str) -> Path:
+    """Write a graph as `<name>.onnx`, checked, or `<name>.pt2`; returns the file."""
+    path = folder / f"{graph.name}{_SUFFIXES[format]}"
+    with _quiet():
+        program = export_program(graph)
+        if format == "torch":
+            torch.export.save(program, path)
+            return path
+        written = torch.onnx.export(
+            program,
+            (),
+            kwargs=graph.example(),
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+        written.save(path)
+    import onnx
+
+    onnx.checker.check_model(str(path), full_check=True)
+    return path
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's notes on torchvision, which is not needed, and on its own deprecations."""
+    exporter = logging.getLogger("torch.onnx")
+    level = exporter.level
+    exporter.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        exporter.setLevel(level)
+
+
+def _settings(model: DeformVosModel, processor, format: str) -> dict:
+    """What a runtime has to know."""
+    images = processor.image_processor
+    return {
+        "format": format,
+        "dtype": "float32",
+        "config": {name: getattr(model.config, name) for name in _CONFIG_FIELDS},
+        "processor": {
+            "size": {name: side for name, side in dict(images.size).items() if side},
+            "resample": int(images.resample),
+            "rescale_factor": float(images.rescale_factor),
+            "image_mean": [float(value) for value in images.image_mean],
+            "image_std": [float(value) for value in images.image_std],
+        },
+        "num_parameters": model.num_parameters(),
+    }
+
+
+def _write_runtime(folder: Path, settings: dict):
+    """The settings, and for ONNX the module that runs the graphs."""
+    if settings["format"] == "onnx":
+        shutil.copyfile(onnx_session.__file__, folder / SESSION_FILE)
+    write_settings(folder, settings)
+
+
+def write_settings(folder: Path, settings: dict):
+    """Write what a runtime has to know beside the graphs."""
+    text = json.dumps(settings, indent=2) + "\n"
+    (folder / onnx_session.SETTINGS_FILE).write_text(text, encoding="utf-8")
+
+
+def _finish(folder: Path):
+    """Record the checksums of the graphs, and say in a README how to use them."""
+    settings = onnx_session.read_settings(folder)
+    suffix = _SUFFIXES[settings["format"]]
+    settings["sha256"] = {name: sha256_of(folder / f"{name}{suffix}") for name in onnx_session.GRAPHS}
+    write_settings(folder, settings)
+    text = _README[settings["format"]].format(**settings, source_name=settings["source"]["name"])
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+_README = {
+    "onnx": """\
+# DeformVOS in ONNX ({dtype})
+
+`deformvos export` wrote this folder from `{source_name}`. It segments objects through a video from their masks in one
+frame, and needs NumPy, Pillow and onnxruntime alone; PyAV, if the video is a file.
+
+```python
+import sys
+
+import av
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, "FOLDER")  # this folder, which holds deformvos_onnx.py
+from deformvos_onnx import OnnxDeformVos
+
+model = OnnxDeformVos.from_pretrained("FOLDER")
+processor = model.processor
+
+with av.open("video.mp4") as container:
+    video = (frame.to_ndarray(format="rgb24") for frame in container.decode(video=0))
+    session = processor.init_video_session(video=video)
+    id_map = np.asarray(Image.open("first_mask.png"))  # palette or grey: the value is the object's id, 0 is background
+    processor.add_inputs_to_inference_session(session, frame_idx=0, input_masks=id_map)
+    for output in model.propagate_in_video_iterator(session):
+        ids = processor.post_process_id_map(output, original_size=id_map.shape)
+        Image.fromarray(ids.astype(np.uint8)).save(f"{{output.frame_idx:05d}}.png")
+```
+
+The graphs keep no state; the session does:
+
+| file | in | out |
+|---|---|---|
+| `encode.onnx` | frame | its features |
+| `start.onnx` | features' tokens, given masks | the memory of a first frame |
+| `read.onnx` | features, memory, channels in use | logits, probabilities, and what the frame's memory is written from |
+| `write.onnx` | probabilities, what `read` gave | the values of the frame's memory |
+""",
+    "torch": """\
+# DeformVOS as programs of torch.export ({dtype})
+
+`deformvos export` wrote this folder from `{source_name}`. The programs keep no state: `encode`, `start`, `read` and
+`write`, each `torch.export.load("encode.pt2").module()`. `hf_deformvos.inference.load_for_inference` runs the folder as a
+whole, and so do `deformvos segment --model FOLDER` and `deformvos evaluate --model FOLDER`.
+""",
+}
+
+
+__all__ = ["DTYPES", "FORMATS", "export_model", "write_graph", "write_settings"]

@@ -1,6 +1,10 @@
 """Loading for inference, as the commands do it: checked, folded, on the device and in the precision asked for."""
 
+import ctypes
 import os
+import time
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -9,6 +13,78 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.utils import cached_file
 
 from .modeling_deformvos import DeformVosModel
+
+
+# glibc's mallopt: when freed memory goes back to the system, and from which size on buffers are mapped singly.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# bfloat16 must be so much faster than float32 to be worth its rounding.
+_WORTHWHILE = 0.75
+
+
+@dataclass(frozen=True)
+class Preset:
+    """
+    A trade of accuracy for speed.
+
+    Attributes:
+        dtype (`str`, *optional*): precision of the network; [`fastest_dtype`] by default.
+        short_side (`int`, *optional*): upper bound of the frame's short side at the network; the model's by default.
+    """
+
+    dtype: str | None = None
+    short_side: int | None = None
+
+    def resolve_dtype(self, device: torch.device | str) -> str:
+        """The precision on a device, by name."""
+        return self.dtype or fastest_dtype(torch.device(device).type)
+
+
+PRESETS = {
+    "accurate": Preset(dtype="float32"),
+    "standard": Preset(),
+    "fast": Preset(short_side=352),
+}
+
+
+@cache
+def fastest_dtype(device_type: str) -> str:
+    """
+    The precision in which a kind of device is fastest: `"bfloat16"` where it computes that natively, else `"float32"`.
+
+    On a CPU a short measurement tells, once a process: emulated bfloat16 is many times slower than float32.
+    """
+    if device_type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if device_type != "cpu":
+        return "float32"
+    seconds = {name: _convolution_seconds(getattr(torch, name)) for name in ("float32", "bfloat16")}
+    return "bfloat16" if seconds["bfloat16"] < _WORTHWHILE * seconds["float32"] else "float32"
+
+
+@torch.inference_mode()
+def _convolution_seconds(dtype: torch.dtype) -> float:
+    """Seconds of one convolution of the network's kind; the least of some, since other programs run as well."""
+    pixels, kernel = torch.ones(1, 256, 31, 55, dtype=dtype), torch.ones(256, 256, 3, 3, dtype=dtype)
+    taken = []
+    for _ in range(6):
+        started = time.perf_counter()
+        torch.nn.functional.conv2d(pixels, kernel)
+        taken.append(time.perf_counter() - started)
+    return min(taken[1:])
+
+
+@cache
+def keep_freed_memory():
+    """
+    Let this process keep the memory that it frees, where glibc manages it (Linux): a frame's feature maps take the
+    places of the last frame's. By default each goes back to the system and is mapped, and cleared, anew.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library, or another system
+        return
+    mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+    mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
 def resolve_device(device: str | None) -> torch.device:
@@ -36,7 +112,7 @@ def load_for_inference(
     name: str, device: str | None = None, dtype: str = "float32", overrides: dict | None = None
 ) -> tuple[DeformVosModel, object]:
     """
-    Load a model, its batch norms folded, and its processor.
+    Load a model, its batch norms folded, and its processor. On a CPU, also [`keep_freed_memory`].
 
     Args:
         name (`str`): a folder or a Hub repository.
@@ -65,7 +141,9 @@ def load_for_inference(
             f"The checkpoint {name} does not fit its configuration: {len(missing)} weights are missing or of another "
             f"shape, among them {', '.join(missing[:3])}."
         )
-    model = model.eval().fold_batch_norm().to(target, getattr(torch, dtype))
+    if target.type == "cpu":
+        keep_freed_memory()
+    model = model.eval().fold_batch_norm().to(target, getattr(torch, dtype), memory_format=torch.channels_last)
     return model, AutoProcessor.from_pretrained(name)
 
 
@@ -109,4 +187,14 @@ def size_option(processor, short_side: int | None) -> dict:
     return {"size": {**bounds, "shortest_edge": short_side}}
 
 
-__all__ = ["hash_weights", "load_for_inference", "resolve_device", "size_option"]
+__all__ = [
+    "PRESETS",
+    "Preset",
+    "fastest_dtype",
+    "hash_weights",
+    "keep_freed_memory",
+    "load_for_inference",
+    "resolve_device",
+    "sha256_of",
+    "size_option",
+]

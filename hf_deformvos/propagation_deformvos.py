@@ -55,8 +55,8 @@ def channels_last(hidden: torch.Tensor) -> torch.Tensor:
     """
     The same map with its channels side by side in memory, and the strides that say so.
 
-    A batch of one may have any stride on its first axis: `contiguous` leaves such a map as it is, and convolutions take
-    it for one with channels first, which is several times slower.
+    A batch of one may have any stride on its first axis: `contiguous` leaves such a map as it is, and convolutions
+    take it for one with channels first, which is several times slower.
     """
     rows = hidden.permute(0, 2, 3, 1)
     return rows.flatten(0, 2).unflatten(0, rows.shape[:3]).permute(0, 3, 1, 2)

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 from .score import Table, add_dataset_arguments, at_least, chosen_sequences, load_dataset
+from .speed import add_speed_arguments, resolve_speed
 
 
-_DTYPES = ("float32", "bfloat16", "float16")
 _DESCRIPTION = """\
 Run a model over a benchmark, one frame at a time, and report region similarity J and boundary accuracy F (mean, recall
 above 0.5, decay) by the protocol of the benchmark, with frames a second, network time and peak memory beside them. FPS
@@ -49,10 +49,7 @@ def add_parser(subparsers) -> None:
         action="store_true",
         help="YouTube-VOS: stream the frames between the sampled ones too, from valid_all_frames",
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (default: the fastest present)")
-    parser.add_argument(
-        "--dtype", choices=_DTYPES, default="float32", help="precision of the network (default float32)"
-    )
+    add_speed_arguments(parser)
     parser.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads of all workers together")
     parser.add_argument(
         "--workers",
@@ -60,12 +57,6 @@ def add_parser(subparsers) -> None:
         default=1,
         metavar="N",
         help="processes, each taking whole sequences (default 1)",
-    )
-    parser.add_argument(
-        "--short-side",
-        type=at_least(1),
-        metavar="N",
-        help="short side of the network's input (default: the processor's)",
     )
     parser.add_argument(
         "--memory-interval", type=at_least(1), metavar="N", help="every N frames one enters the long-term memory"
@@ -108,6 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     from ..evaluation.runner import RunnerConfig, evaluate, write_json
 
+    resolve_speed(arguments)
     config = RunnerConfig(
         model=arguments.model,
         device=arguments.device,

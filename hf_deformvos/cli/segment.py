@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .score import at_least
+from .speed import add_speed_arguments, resolve_speed
 
 
 DEFAULT_HUB_MODEL = "deformvos/deformvos-student"
 _BUNDLED_MODEL = Path("hub_cards", "deformvos-student")
-_DTYPES = ("float32", "bfloat16", "float16")
 # Frames that may wait before and after the model: enough to even out stalls, little enough for 4K.
 _QUEUE_DEPTH = 4
 _STAGES = ("decode", "preprocess", "network", "postprocess", "write_mask", "write_overlay")
@@ -80,16 +80,7 @@ def add_parser(subparsers) -> None:
         default="davis",
         help="colours of the overlay (default davis); colorblind stays apart for colour-blind viewers",
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (default: the fastest present)")
-    parser.add_argument(
-        "--dtype", choices=_DTYPES, default="float32", help="precision of the network (default float32)"
-    )
-    parser.add_argument(
-        "--short-side",
-        metavar="N",
-        type=at_least(16),
-        help="upper bound of the short side at the network, in pixels (default: the model's)",
-    )
+    add_speed_arguments(parser)
     parser.add_argument("--max-frames", metavar="N", type=at_least(1), help="stop after so many frames")
     parser.add_argument("--threads", metavar="N", type=at_least(1), help="CPU threads of the network (default: all)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
@@ -122,6 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs `deformvos segment`; returns the exit code."""
     from hf_deformvos.video import H264Writer, VideoReader, read_mask
 
+    resolve_speed(arguments)
     mask_files = _pair_masks(arguments.mask, arguments.mask_frame)
     first, last = min(mask_files), max(mask_files)
     with VideoReader(arguments.video, max_frames=arguments.max_frames, num_prefetch=_QUEUE_DEPTH) as reader:

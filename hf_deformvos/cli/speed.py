@@ -1,0 +1,46 @@
+"""Options of the commands that run a model: where, in which precision, at which size."""
+
+import argparse
+
+from .score import at_least
+
+
+# The names are repeated here so that the help appears without torch being imported.
+_PRESETS = ("accurate", "standard", "fast")
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds `--device`, `--preset`, `--dtype` and `--short-side`; [`resolve_speed`] settles them."""
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (default: the fastest present)")
+    parser.add_argument(
+        "--preset",
+        choices=_PRESETS,
+        default="accurate",
+        help="accurate: float32 (default); standard: the precision in which the device is fastest; fast: smaller "
+        "frames too",
+    )
+    parser.add_argument("--dtype", choices=_DTYPES, help="precision of the network (default: the preset's)")
+    parser.add_argument(
+        "--short-side",
+        metavar="N",
+        type=at_least(16),
+        help="upper bound of the short side at the network, in pixels (default: the preset's, else the model's)",
+    )
+
+
+def resolve_speed(arguments: argparse.Namespace) -> None:
+    """
+    Sets `dtype` and `short_side` to the preset's where the user named none.
+
+    Raises:
+        ValueError: if there is no such device.
+    """
+    from ..inference import PRESETS, resolve_device
+
+    preset = PRESETS[arguments.preset]
+    arguments.dtype = arguments.dtype or preset.resolve_dtype(resolve_device(arguments.device))
+    arguments.short_side = arguments.short_side or preset.short_side
+
+
+__all__ = ["add_speed_arguments", "resolve_speed"]

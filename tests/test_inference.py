@@ -1,0 +1,61 @@
+"""Loading for inference: presets, precisions and what a command makes of them."""
+
+import argparse
+
+import pytest
+import torch
+
+from hf_deformvos.cli.speed import add_speed_arguments, resolve_speed
+from hf_deformvos.inference import PRESETS, fastest_dtype, keep_freed_memory, load_for_inference
+from hf_deformvos.propagation_deformvos import channels_last
+
+
+def settle(*options: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_speed_arguments(parser)
+    arguments = parser.parse_args([*options, "--device", "cpu"])
+    resolve_speed(arguments)
+    return arguments
+
+
+def test_presets_are_defaults_that_options_overrule():
+    native = fastest_dtype("cpu")
+    assert native in ("float32", "bfloat16")
+    assert (settle().dtype, settle().short_side) == ("float32", None)
+    assert (settle("--preset", "standard").dtype, settle("--preset", "standard").short_side) == (native, None)
+    fast = settle("--preset", "fast")
+    assert (fast.dtype, fast.short_side) == (native, PRESETS["fast"].short_side)
+    chosen = settle("--preset", "fast", "--dtype", "float32", "--short-side", "400")
+    assert (chosen.dtype, chosen.short_side) == ("float32", 400)
+
+
+def test_an_unknown_device_is_named():
+    with pytest.raises(ValueError, match="`device` must be one that PyTorch can use here"):
+        parser = argparse.ArgumentParser()
+        add_speed_arguments(parser)
+        resolve_speed(parser.parse_args(["--device", "abacus"]))
+
+
+def test_keeping_memory_changes_no_result(tiny_model, tiny_processor, tiny_clip, tmp_path):
+    frames, ids = tiny_clip
+    tiny_model.save_pretrained(tmp_path)
+    tiny_processor.save_pretrained(tmp_path)
+
+    def follow(model, processor):
+        session = processor.init_video_session(video=frames)
+        processor.add_inputs_to_inference_session(session, 0, input_masks=ids[0])
+        return torch.stack([output.pred_masks for output in model.propagate_in_video_iterator(session)])
+
+    expected = follow(tiny_model, tiny_processor)
+    keep_freed_memory()
+    torch.testing.assert_close(follow(*load_for_inference(tmp_path.as_posix())), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 4, 5), (2, 6, 4, 5), (1, 1, 1, 1)])
+def test_channels_last_is_the_same_map_with_strides_that_say_so(shape):
+    # A batch of one whose first stride means nothing, as products of matrices leave it.
+    hidden = torch.randn(shape[0], shape[2] * shape[3], shape[1]).transpose(1, 2).unflatten(2, shape[2:])
+    hidden = hidden.as_strided(shape, (1, *hidden.stride()[1:])) if shape[0] == 1 else hidden
+    brought = channels_last(hidden)
+    torch.testing.assert_close(brought, hidden)
+    assert brought.stride() == (shape[1] * shape[2] * shape[3], 1, shape[1] * shape[3], shape[1])

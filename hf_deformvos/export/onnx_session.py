@@ -507,7 +507,8 @@ def resize_nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if mask.shape == tuple(size):
         return mask
     rows, columns = (
-        np.minimum(((np.arange(target) + 0.5) * (source / target)).astype(np.int64), source - 1)
+        # In float32, whose rounding decides which of two pixels is nearest.
+        np.minimum(((np.arange(target, dtype=np.float32) + 0.5) * np.float32(source / target)).astype(int), source - 1)
         for source, target in zip(mask.shape, size, strict=True)
     )
     return mask[rows[:, None], columns]

@@ -75,9 +75,11 @@ def export_model(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         part = Path(folder, "export")
         part.mkdir()
-        for graph in build_graphs(loaded):
+        graphs = build_graphs(loaded)
+        for graph in graphs:
             write_graph(graph, part, format)
         settings = _settings(loaded, processor, format)
+        settings["outputs"] = {graph.name: graph.outputs for graph in graphs}
         settings["source"] = {"name": str(model), "sha256": hash_weights(str(model))}
         _write_runtime(part, settings)
         if dtype == "int8":

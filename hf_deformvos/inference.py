@@ -16,6 +16,7 @@ from .modeling_deformvos import DeformVosModel
 # In a folder that `deformvos export` wrote.
 SETTINGS_FILE = "deformvos_export.json"
 
+
 def resolve_device(device: str | None) -> torch.device:
     """
     The device of that name, by default CUDA, then MPS, then the CPU.

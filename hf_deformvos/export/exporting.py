@@ -100,7 +100,9 @@ def _check_options(format: str, dtype: str, calibration, calibration_mask):
     if dtype == "int8" and format != "onnx":
         raise ValueError(f"`dtype` int8 is there for `format` onnx alone, got {format!r}.")
     if (calibration is None) != (calibration_mask is None):
-        raise ValueError("`calibration` and `calibration_mask` belong together: a video and the mask of its first frame.")
+        raise ValueError(
+            "`calibration` and `calibration_mask` belong together: a video and the mask of its first frame."
+        )
     if calibration is not None and dtype != "int8":
         raise ValueError(f"`calibration` is for `dtype` int8, got {dtype!r}.")
 

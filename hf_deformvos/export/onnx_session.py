@@ -78,7 +78,9 @@ def read_settings(folder: str | os.PathLike) -> dict:
     """
     path = os.path.join(folder, SETTINGS_FILE)
     if not os.path.isfile(path):
-        raise ValueError(f"{os.fspath(folder)} holds no {SETTINGS_FILE}: `deformvos export MODEL OUT` writes such a folder.")
+        raise ValueError(
+            f"{os.fspath(folder)} holds no {SETTINGS_FILE}: `deformvos export MODEL OUT` writes such a folder."
+        )
     with open(path, encoding="utf-8") as file:
         return json.load(file)
 
@@ -153,7 +155,9 @@ class OnnxDeformVos:
         """
         settings = read_settings(folder)
         if settings["format"] != "onnx":
-            raise ValueError(f"{os.fspath(folder)} holds graphs in {settings['format']} format; export with `--format onnx`.")
+            raise ValueError(
+                f"{os.fspath(folder)} holds graphs in {settings['format']} format; export with `--format onnx`."
+            )
         return cls(OnnxGraphs(folder, num_threads, providers), settings)
 
     def __call__(

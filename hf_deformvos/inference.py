@@ -1,10 +1,12 @@
 """Loading for inference, as the commands do it: checked, folded, on the device and in the precision asked for."""
 
 import ctypes
+import json
 import os
 import time
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -14,6 +16,9 @@ from transformers.utils import cached_file
 
 from .modeling_deformvos import DeformVosModel
 
+
+# In a folder that `deformvos export` wrote.
+SETTINGS_FILE = "deformvos_export.json"
 
 # glibc's mallopt: when freed memory goes back to the system, and from which size on buffers are mapped singly.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -112,19 +117,25 @@ def load_for_inference(
     name: str, device: str | None = None, dtype: str = "float32", overrides: dict | None = None
 ) -> tuple[DeformVosModel, object]:
     """
-    Load a model, its batch norms folded, and its processor. On a CPU, also [`keep_freed_memory`].
+    Load a model, its batch norms folded, and its processor, on a CPU with [`keep_freed_memory`]; or an exported model
+    and its processor, which sessions take alike.
 
     Args:
-        name (`str`): a folder or a Hub repository.
+        name (`str`): a folder, that of `deformvos export` among them, or a Hub repository.
         device (`str`, *optional*): see [`resolve_device`].
         dtype (`str`, defaults to `"float32"`): precision of the weights; folding is done before the cast.
         overrides (`dict`, *optional*): values for fields of the model's configuration.
 
     Raises:
-        ValueError: if the checkpoint is no DeformVOS model, lacks weights, or an override names no field.
+        ValueError: if the checkpoint is no DeformVOS model, lacks weights, or an override names no field; for an
+            exported model also if it is asked for another device than the CPU or another precision than it has.
         OSError: if there is no such model.
     """
     _check_name(name)
+    if is_exported(name):
+        from .export.runtime import load_exported
+
+        return load_exported(name, device, dtype, overrides)
     target = resolve_device(device)
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
         raise ValueError(f"The folder {name} holds no config.json: it is no model.")
@@ -147,6 +158,11 @@ def load_for_inference(
     return model, AutoProcessor.from_pretrained(name)
 
 
+def is_exported(name: str) -> bool:
+    """Whether this is a folder that `deformvos export` wrote."""
+    return os.path.isfile(os.path.join(name, SETTINGS_FILE))
+
+
 def _check_name(name: str):
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.exists(name)
     # `folder/nme` beside an existing `folder` is a typing mistake, not a repository.
@@ -163,12 +179,15 @@ def sha256_of(path: str | Path) -> str:
 
 def hash_weights(name: str) -> str | None:
     """
-    The sha256 of a model's `model.safetensors`; `None` where it has no such file.
+    The sha256 of a model's `model.safetensors`, or of all graphs of an exported model; `None` where there are none.
 
     Raises:
         ValueError: if `name` is a path that is no folder.
     """
     _check_name(name)
+    if is_exported(name):
+        digests = json.loads(Path(name, SETTINGS_FILE).read_text(encoding="utf-8"))["sha256"]
+        return sha256("".join(digests[graph] for graph in sorted(digests)).encode()).hexdigest()
     path = cached_file(
         name,
         "model.safetensors",
@@ -192,6 +211,7 @@ __all__ = [
     "Preset",
     "fastest_dtype",
     "hash_weights",
+    "is_exported",
     "keep_freed_memory",
     "load_for_inference",
     "resolve_device",

@@ -25,6 +25,7 @@ from .propagation_deformvos import (
     LayerProjection,
     QueryDeformableAttention,
     ZeroConvolution,
+    repeat_groups,
 )
 
 
@@ -154,18 +155,14 @@ class MaskDecoder(nn.Module):
     def forward(self, visual: torch.Tensor, identification: torch.Tensor, features: ImageFeatures) -> torch.Tensor:
         """I `(B, C, h, w)` and M `(B * G, C, h, w)` to logits `(B * G, 1 + max_objects, 4h-3, 4w-3)`."""
         num_groups = identification.shape[0] // visual.shape[0]
-        hidden = self.stride16(torch.cat([_per_group(visual, num_groups), identification], dim=1))
+        hidden = self.stride16(torch.cat([repeat_groups(visual, num_groups), identification], dim=1))
         hidden = self.stride8(_upsample_onto(hidden, self.lateral8(features.stride8), num_groups))
         hidden = self.stride4(_upsample_onto(hidden, self.lateral4(features.stride4), num_groups))
         return self.classifier(hidden)
 
 
-def _per_group(hidden: torch.Tensor, num_groups: int) -> torch.Tensor:
-    return hidden if num_groups == 1 else hidden.repeat_interleave(num_groups, dim=0)
-
-
 def _upsample_onto(hidden: torch.Tensor, lateral: torch.Tensor, num_groups: int) -> torch.Tensor:
-    lateral = _per_group(lateral, num_groups)
+    lateral = repeat_groups(lateral, num_groups)
     return lateral + F.interpolate(hidden, size=lateral.shape[-2:], mode="bilinear", align_corners=True)
 
 

@@ -322,8 +322,9 @@ class GatedOutput(nn.Module):
 
 
 def repeat_groups(visual: torch.Tensor, num_groups: int) -> torch.Tensor:
-    """`(B, C, h, w)` to `(B * G, C, h, w)`."""
-    return visual if num_groups == 1 else visual.repeat_interleave(num_groups, dim=0)
+    """`(B, C, h, w)` to `(B * G, C, h, w)`; a view for one group."""
+    # Without a branch for one group, which would fix an exported graph's number of them.
+    return visual.unsqueeze(1).expand(-1, num_groups, -1, -1, -1).flatten(0, 1)
 
 
 def merge_groups(identification: torch.Tensor, batch_size: int) -> torch.Tensor:
@@ -438,5 +439,6 @@ __all__ = [
     "OffsetNetwork",
     "QueryDeformableAttention",
     "ZeroConvolution",
+    "repeat_groups",
     "sample_at",
 ]

@@ -21,9 +21,9 @@ PARTS = {
     "data": {"video"},
     "evaluation": {"video", "data"},
     "training": {"video", "data", "evaluation", "publishing"},
-    "export": set(),
+    "export": {"video"},
     "publishing": {"video"},
-    "cli": {"video", "data", "evaluation", "publishing"},
+    "cli": {"video", "data", "evaluation", "publishing", "export"},
 }
 
 

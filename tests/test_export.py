@@ -1,64 +1,618 @@
-"""The step with explicit state: equal to the session, and equal again in onnxruntime."""
+"""Exported graphs: sessions on them give what PyTorch's give, at any size, without PyTorch, and mistakes are named."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import ROOT, STUDENT, TINY_CONFIG
+from PIL import Image
+from synthetic import write_davis
+from test_session import MISTAKES
 
-from hf_deformvos import DeformVosConfig, DeformVosModel
-from hf_deformvos.export import ExportableStep, StepMemory, export_step_to_onnx
+from hf_deformvos import DeformVosConfig, DeformVosImageProcessor, DeformVosModel, DeformVosProcessor
+from hf_deformvos.cli import main
+from hf_deformvos.export import export_model
+from hf_deformvos.export.graphs import build_graphs
+from hf_deformvos.export.onnx_session import (
+    SETTINGS_FILE,
+    MemoryBank,
+    OnnxDeformVos,
+    OnnxDeformVosProcessor,
+    resize_bilinear,
+    resize_nearest,
+)
+from hf_deformvos.inference import hash_weights, load_for_inference
+from hf_deformvos.inference_session_deformvos import resize_nearest as resize_nearest_torch
+from hf_deformvos.video import VideoReader, read_mask
 
 
-@pytest.fixture(params=[1, 2], ids=["one_layer", "two_layers"])
-def model(request, tiny_config):
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+# The exporter meets its own deprecations.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+# The most that a probability may differ by.
+TOLERANCE = 1e-3
+MAX_OBJECTS = 4
+
+
+def save_tiny(folder, **changes):
+    """A small model with random weights, offsets among them: whole-token sampling would hide mistakes."""
     torch.manual_seed(0)
-    return DeformVosModel(DeformVosConfig(**{**tiny_config.to_dict(), "num_hidden_layers": request.param})).eval()
+    model = DeformVosModel(DeformVosConfig(**{**TINY_CONFIG, "max_objects": MAX_OBJECTS, **changes})).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("offset.weight"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    DeformVosProcessor(DeformVosImageProcessor(size={"shortest_edge": 96})).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def tiny_dir(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="module")
+def onnx_dir(tiny_dir, tmp_path_factory):
+    return export_model(tiny_dir, tmp_path_factory.mktemp("onnx") / "out")
+
+
+@pytest.fixture(scope="module")
+def torch_dir(tiny_dir, tmp_path_factory):
+    return export_model(tiny_dir, tmp_path_factory.mktemp("torch") / "out", format="torch")
+
+
+@pytest.fixture(scope="module")
+def deep_dirs(tmp_path_factory):
+    """A model of two layers and its export."""
+    folder = tmp_path_factory.mktemp("deep")
+    source = save_tiny(folder / "model", num_hidden_layers=2)
+    return source, export_model(source, folder / "out")
 
 
 @pytest.fixture
-def step_inputs(model, tiny_processor, tiny_clip):
-    """Inputs of the fourth frame of a session, and what the session made of it."""
+def onnx_model(onnx_dir):
+    return OnnxDeformVos.from_pretrained(onnx_dir, num_threads=1)
+
+
+def moving_clip(num_frames, size, num_objects):
+    """Squares that move over noise: frames and the id map of the first."""
+    height, width = size
+    generator = np.random.default_rng(0)
+    frames = np.repeat(generator.integers(60, 120, (1, height, width, 3), dtype=np.uint8), num_frames, axis=0)
+    colours = generator.integers(0, 255, (num_objects, 3))
+    ids = np.zeros((num_frames, height, width), dtype=np.uint8)
+    side = min(height, width) // 5
+    for t in range(num_frames):
+        for number in range(num_objects):
+            top = (number // 4) * (height - side) // 3
+            left = (number % 4 * width // 4 + t) % (width - side)
+            frames[t, top : top + side, left : left + side] = colours[number]
+            ids[t, top : top + side, left : left + side] = number + 1
+    return frames, ids
+
+
+def assert_same(output, expected, id_map=None, expected_map=None, tolerance=TOLERANCE):
+    """Equal ids, probabilities within the tolerance, and id maps that differ only where the winner is a toss-up."""
+    assert (output.frame_idx, output.object_ids) == (expected.frame_idx, expected.object_ids)
+    logits = expected.pred_masks.float().numpy()
+    probabilities = 1 / (1 + np.exp(-np.asarray(output.pred_masks)))
+    assert np.abs(probabilities - 1 / (1 + np.exp(-logits))).max() <= tolerance
+    if id_map is not None:
+        candidates = np.concatenate([np.zeros_like(logits[:1]), logits]).squeeze(1)
+        candidates = F.interpolate(torch.from_numpy(candidates)[None], size=id_map.shape, mode="bilinear")[0].numpy()
+        best, second = -np.partition(-candidates, 1, axis=0)[:2]
+        assert not ((id_map != expected_map) & (best - second > 1e-2)).any()
+
+
+def compare(model, reference, frames, ids, size=None):
+    """Stream a clip through an exported model and PyTorch's side by side, comparing every frame."""
+    (torch_model, torch_processor), processor = reference, model.processor
+    sessions = processor.init_video_session(), torch_processor.init_video_session()
+    for each, session in zip((processor, torch_processor), sessions, strict=True):
+        each.add_inputs_to_inference_session(session, 0, input_masks=ids[0])
+    options = {} if size is None else {"size": size}
+    for frame in frames:
+        output, expected = (
+            network(inference_session=session, frame=each(images=frame, **options).pixel_values[0])
+            for network, each, session in zip(
+                (model, torch_model), (processor, torch_processor), sessions, strict=True
+            )
+        )
+        maps = (
+            each.post_process_id_map(o, frame.shape[:2])
+            for each, o in ((processor, output), (torch_processor, expected))
+        )
+        assert_same(output, expected, *maps)
+    return sessions
+
+
+# The graphs
+
+
+def test_onnx_files_are_checked_and_dynamic(onnx_dir):
+    onnx = pytest.importorskip("onnx")
+    shapes = {}
+    for name in ("encode", "start", "read", "write"):
+        model = onnx.load(onnx_dir / f"{name}.onnx")
+        onnx.checker.check_model(model, full_check=True)
+        assert [(opset.domain, opset.version >= 16) for opset in model.opset_import] == [("", True)]
+        shapes[name] = {
+            entry.name: [axis.dim_param or axis.dim_value for axis in entry.type.tensor_type.shape.dim]
+            for entry in model.graph.input
+        }
+    assert not list(onnx_dir.glob("*.data")), "the weights are inside"
+    height, width = shapes["encode"]["pixel_values"][2:]
+    assert isinstance(height, str) and isinstance(width, str) and height != width
+    slots, groups = shapes["read"]["long_term_keys"][1], shapes["read"]["valid"][0]
+    assert isinstance(slots, str) and isinstance(groups, str)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sides", [(2, 2), (3, 7), (6, 5), (8, 8)])
+def test_graphs_take_any_size(sides, onnx_dir, tiny_dir):
+    """Even and odd sides, and each number of groups and slots, in onnxruntime against the modules traced."""
+    model, _ = load_for_inference(tiny_dir, "cpu")
+    for graph in build_graphs(model):
+        session = onnxruntime.InferenceSession(onnx_dir / f"{graph.name}.onnx", providers=["CPUExecutionProvider"])
+        for groups, slots in ((1, 1), (3, 2)):
+            lengths = {"h": sides[0], "w": sides[1], "groups": groups, "slots": slots}
+            inputs = {
+                name: torch.randn(
+                    [
+                        axis if isinstance(axis, int) else axis.scale * lengths[axis.symbol] + axis.offset
+                        for axis in shape
+                    ]
+                )
+                for name, shape in graph.inputs.items()
+            }
+            if "valid" in inputs:
+                inputs["valid"] = torch.rand(inputs["valid"].shape) > 0.5
+            expected = graph.module(**inputs)
+            outputs = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+            for output, tensor in zip(outputs, expected if isinstance(expected, tuple) else (expected,), strict=True):
+                np.testing.assert_allclose(output, tensor.numpy(), atol=1e-3, rtol=1e-3)
+
+
+def test_torch_programs_load_by_themselves(torch_dir):
+    program = torch.export.load(torch_dir / "encode.pt2")
+    for height, width in ((49, 65), (81, 161)):
+        with torch.no_grad():
+            tokens, stride8, stride4 = program.module()(pixel_values=torch.randn(1, 3, height, width))
+        assert tokens.shape[-2:] == (height // 16 + 1, width // 16 + 1)
+        assert stride8.shape[-2:] == (height // 8 + 1, width // 8 + 1)
+        assert stride4.shape[-2:] == (height // 4 + 1, width // 4 + 1)
+
+
+# Sessions
+
+
+@pytest.mark.parametrize(("num_objects", "size"), [(1, (96, 160)), (3, (120, 96)), (12, (112, 144))])
+def test_fifty_frames_are_pytorchs(num_objects, size, onnx_model, tiny_dir, one_thread):
+    reference = load_for_inference(tiny_dir, "cpu")
+    session, _ = compare(onnx_model, reference, *moving_clip(50, size, num_objects))
+    assert len(session._memory.long_term) == TINY_CONFIG["long_term_slots"], "the memory filled up from one slot"
+    assert session._memory.previous.masks.shape[0] == -(-num_objects // MAX_OBJECTS)
+
+
+@pytest.mark.parametrize("num_objects", [1, 6])
+def test_torch_programs_are_pytorchs(num_objects, torch_dir, tiny_dir, one_thread):
+    model, _ = load_for_inference(str(torch_dir))
+    compare(model, load_for_inference(tiny_dir, "cpu"), *moving_clip(12, (96, 128), num_objects))
+
+
+@pytest.mark.slow
+def test_models_of_several_layers(deep_dirs, one_thread):
+    source, out = deep_dirs
+    compare(OnnxDeformVos.from_pretrained(out), load_for_inference(source, "cpu"), *moving_clip(12, (96, 128), 6))
+
+
+@pytest.mark.slow
+@pytest.mark.weights
+@pytest.mark.parametrize("format", ["onnx", "torch"])
+def test_the_released_student(format, tmp_path):
+    """Fifty frames of the example clip, with more objects than a group holds."""
+    model, _ = load_for_inference(str(export_model(STUDENT, tmp_path / "out", format=format)))
+    with VideoReader(ROOT / "examples" / "bunny.mp4", max_frames=50 if format == "onnx" else 12) as reader:
+        frames = [frame.image for frame in reader]
+    ids = read_mask(ROOT / "examples" / "bunny_mask.png", frames[0].shape[:2])
+    size = {"shortest_edge": 144, "longest_edge": 1536}
+    reference = load_for_inference(str(STUDENT), "cpu")
+    compare(model, reference, frames, ids[None], size)
+    rows, columns = np.indices(ids.shape)
+    tiles = (rows * 3 // ids.shape[0]) * 4 + columns * 4 // ids.shape[1] + 1
+    compare(model, reference, frames[:12], tiles[None], size)
+
+
+def changes(model, processor, frames, ids):
+    """Outputs of a stream in which objects join, are corrected, leave and return."""
+    session = processor.init_video_session()
+
+    def step(index):
+        return model(inference_session=session, frame=processor(images=frames[index]).pixel_values[0])
+
+    def give(index, **masks):
+        processor.add_inputs_to_inference_session(session, index, **masks)
+
+    give(0, obj_ids=[70000], input_masks=[ids[0] == 1])
+    yield step(0)
+    yield step(1)
+    give(2, obj_ids=[-5, 8, 9, 10], input_masks=[ids[2] == number for number in (2, 3, 4, 5)])  # a second group
+    yield step(2)
+    yield step(3)
+    give(4, obj_ids=[8, 70000], input_masks=[ids[4] == 3, np.zeros_like(ids[0], dtype=bool)])
+    yield step(4)
+    session.remove_object(10)  # and with it the second group
+    yield step(5)
+    session.remove_object(-5)
+    give(6, obj_ids=[11, 12, 13], input_masks=[ids[6] == number for number in (1, 2, 6)])
+    yield step(6)
+    yield step(7)
+    for obj_id in list(session.object_ids):
+        session.remove_object(obj_id)
+    give(8, obj_ids=[1], input_masks=[np.kron(ids[8] == 2, np.ones((2, 2), bool))])
+    yield step(8)
+    yield step(9)
+
+
+@pytest.mark.parametrize("layers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_objects_come_and_go(layers, request, one_thread):
+    source, out = (
+        (request.getfixturevalue("tiny_dir"), request.getfixturevalue("onnx_dir"))
+        if layers == 1
+        else request.getfixturevalue("deep_dirs")
+    )
+    clip = moving_clip(10, (96, 160), 6)
+    model = OnnxDeformVos.from_pretrained(out)
+    torch_model, torch_processor = load_for_inference(source, "cpu")
+    outputs = changes(model, model.processor, *clip)
+    for output, expected in zip(outputs, changes(torch_model, torch_processor, *clip), strict=True):
+        assert_same(output, expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reverse": True, "start_frame_idx": 4},
+        {"start_frame_idx": 3, "max_frame_num_to_track": 2},
+        {"max_frame_num_to_track": 0},
+    ],
+)
+def test_a_whole_video_is_pytorchs(options, onnx_model, tiny_dir, one_thread):
+    frames, ids = moving_clip(6, (96, 160), 3)
+    torch_model, torch_processor = load_for_inference(tiny_dir, "cpu")
+    results = []
+    for model, processor in ((onnx_model, onnx_model.processor), (torch_model, torch_processor)):
+        session = processor.init_video_session(video=frames, short_side=64, memory_interval=1, long_term_slots=2)
+        processor.add_inputs_to_inference_session(session, 1, obj_ids=[1, 2], input_masks=[ids[1] == 1, ids[1] == 2])
+        processor.add_inputs_to_inference_session(session, 4, obj_ids=[2, 3], input_masks=[ids[4] == 2, ids[4] == 3])
+        results.append(list(model.propagate_in_video_iterator(session, **options)))
+    assert len(results[0]) == len(results[1]) > 0
+    for output, expected in zip(*results, strict=True):
+        assert_same(output, expected)
+
+
+@pytest.mark.parametrize("kind", ["list", "pil", "iterator", "streaming"])
+def test_every_source_of_frames_gives_the_same_masks(kind, onnx_model, tiny_clip):
     frames, ids = tiny_clip
-    session = tiny_processor.init_video_session()
-    tiny_processor.add_inputs_to_inference_session(session, 0, input_masks=ids[0])
-    for frame in frames[:3]:
-        model(inference_session=session, frame=tiny_processor(images=frame).pixel_values[0])
-    memory = StepMemory.from_bank(session._memory)
-    valid = session._objects.valid(1, torch.device("cpu"))
-    pixel_values = tiny_processor(images=frames[3]).pixel_values
-    model(inference_session=session, frame=pixel_values[0])
-    return (pixel_values, *memory, valid), session._memory.previous
+    processor = onnx_model.processor
+
+    def follow(video):
+        session = processor.init_video_session(video=video)
+        processor.add_inputs_to_inference_session(session, 0, input_masks=ids[0])
+        if video is not None:
+            return list(onnx_model.propagate_in_video_iterator(session))
+        return [onnx_model(session, processor(frame).pixel_values[0]) for frame in frames]
+
+    sources = {
+        "list": list(frames),
+        "pil": [Image.fromarray(frame) for frame in frames],
+        "iterator": iter(frames),
+        "streaming": None,
+    }
+    for output, expected in zip(follow(sources[kind]), follow(frames), strict=True):
+        assert output.frame_idx == expected.frame_idx
+        np.testing.assert_array_equal(output.pred_masks, expected.pred_masks)
 
 
-@torch.no_grad()
-def test_explicit_state_is_the_sessions(model, step_inputs):
-    inputs, frame = step_inputs
-    masks, keys, values = ExportableStep(model)(*inputs)
-    torch.testing.assert_close(masks, frame.masks, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(keys, torch.cat([layer.key for layer in frame.layers]))
-    torch.testing.assert_close(values, torch.cat([layer.values for layer in frame.layers]))
+def test_nothing_grows_with_the_length_of_the_video(onnx_model):
+    frames, ids = moving_clip(1, (48, 48), 5)
+    processor = onnx_model.processor
+    session = processor.init_video_session()
+    processor.add_inputs_to_inference_session(session, 0, input_masks=ids[0])
+    pixel_values = processor(frames[0]).pixel_values[0]
+    sizes = []
+    for _ in range(200):
+        onnx_model(session, pixel_values)
+        sizes.append(session.num_bytes)
+    assert max(sizes) == max(sizes[:20])
+    assert not session._inputs
 
 
-@torch.no_grad()
-def test_torch_export(model, step_inputs):
-    inputs, _ = step_inputs
-    program = torch.export.export(ExportableStep(model), inputs)
-    for exported, expected in zip(program.module()(*inputs), ExportableStep(model)(*inputs), strict=True):
-        torch.testing.assert_close(exported, expected, atol=1e-5, rtol=1e-4)
+def test_the_memory_is_stacked_once():
+    """Frames of the long-term memory look into the stack, which is made again only when the memory changes."""
+    from hf_deformvos.export.onnx_session import MemoryFrame
+
+    bank = MemoryBank(2)
+    for index in range(4):
+        array = np.full((1, 3, 2, 2), index, dtype=np.float32)
+        bank.write(MemoryFrame(index, array, array, None, array, False), to_long_term=index != 3)
+        keys, _ = bank.stacked()
+    assert bank.stacked()[0] is keys
+    assert [frame.frame_idx for frame in bank.long_term] == [0, 2] or len(bank.long_term) == 2
+    assert all(np.shares_memory(frame.keys, keys) for frame in bank.long_term)
 
 
-@torch.no_grad()
-def test_onnx_matches(model, step_inputs, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    inputs, _ = step_inputs
-    # An untrained offset network would leave the sampling at whole tokens, where little can go wrong.
-    for name, parameter in model.named_parameters():
-        if name.endswith("offset.weight"):
-            parameter.normal_(std=0.3)
-    path = tmp_path / "step.onnx"
-    export_step_to_onnx(model, path, inputs[0], StepMemory(*inputs[1:-1]), inputs[-1])
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    names = [entry.name for entry in session.get_inputs()]
-    outputs = session.run(None, {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)})
-    for output, expected in zip(outputs, ExportableStep(model)(*inputs), strict=True):
-        np.testing.assert_allclose(output, expected.numpy(), atol=1e-3)
+# Frames and masks
+
+
+def test_frames_are_prepared_as_the_processor_does():
+    generator = np.random.default_rng(0)
+    reference = DeformVosImageProcessor(size={"shortest_edge": 40, "longest_edge": 100})
+    processor = OnnxDeformVosProcessor(
+        {"shortest_edge": 40, "longest_edge": 100}, 2, 1 / 255, reference.image_mean, reference.image_std
+    )
+    frame = generator.integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    alpha = np.concatenate([frame, frame[..., :1]], axis=-1)
+    kinds = [frame, Image.fromarray(frame), Image.fromarray(frame[..., 0]), frame[:30], np.moveaxis(frame, -1, 0)]
+    kinds += [(frame / 255).astype(np.float32), frame.astype(np.int64), alpha, Image.fromarray(alpha), frame[:, :9]]
+    for kind in kinds:
+        inputs, expected = processor(kind), reference(kind, return_tensors="pt")
+        np.testing.assert_allclose(inputs.pixel_values, expected.pixel_values.numpy(), atol=2e-6)
+        assert inputs.pixel_values.dtype == np.float32 and inputs.pixel_values.flags.c_contiguous
+        assert inputs.original_sizes == [tuple(size) for size in expected.original_sizes]
+    assert (
+        processor([frame, frame]).pixel_values.shape == (2, 3, 33, 49)
+        or processor([frame, frame]).pixel_values.ndim == 4
+    )
+    assert isinstance(processor([frame, frame[:30]]).pixel_values, list)
+    assert processor(frame, size={"shortest_edge": 17}).pixel_values.shape[-2:] == (17, 17)
+
+
+@pytest.mark.parametrize(
+    "sizes", [((31, 44), (97, 161)), ((97, 161), (96, 160)), ((97, 161), (31, 44)), ((1, 9), (3, 9))]
+)
+def test_resampling_is_pytorchs(sizes):
+    source, target = sizes
+    values = np.random.default_rng(0).normal(size=source).astype(np.float32)
+    for align_corners in (True, False):
+        expected = F.interpolate(
+            torch.from_numpy(values)[None, None], target, mode="bilinear", align_corners=align_corners
+        )
+        np.testing.assert_allclose(resize_bilinear(values, target, align_corners), expected[0, 0], atol=1e-4)
+    expected = resize_nearest_torch(torch.from_numpy(values > 0), target)
+    np.testing.assert_array_equal(resize_nearest(values > 0, target), expected.numpy())
+
+
+def test_masks_never_overlap(onnx_model, tiny_clip):
+    frames, ids = tiny_clip
+    processor = onnx_model.processor
+    session = processor.init_video_session(video=frames)
+    processor.add_inputs_to_inference_session(session, 0, input_masks=ids[0] * 7)
+    output = list(onnx_model.propagate_in_video_iterator(session))[2]
+    (masks,) = processor.post_process_masks([output.pred_masks], [(96, 160)])
+    assert masks.shape == (2, 1, 96, 160) and masks.dtype == bool
+    assert (masks.sum(0) <= 1).all()
+    id_map = processor.post_process_id_map(output, (96, 160))
+    np.testing.assert_array_equal(id_map == 14, masks[1, 0])
+    (logits,) = processor.post_process_masks(output.pred_masks, [(96, 160)], binarize=False)
+    assert logits.shape == masks.shape and logits.dtype == np.float32
+
+
+# Of another API: a dtype is PyTorch's, and how to decode a file is said in other words.
+@pytest.mark.parametrize("mistake", sorted(set(MISTAKES) - {"no such dtype", "path as video"}))
+def test_mistakes_are_named_as_in_pytorch(mistake, tiny_clip):
+    act, message = MISTAKES[mistake]
+    processor = OnnxDeformVosProcessor({"shortest_edge": 96}, 2, 1 / 255, [0.5] * 3, [0.5] * 3)
+    with pytest.raises(ValueError, match=message):
+        act(processor.init_video_session(), processor, *[part[0] for part in tiny_clip])
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda m, s, f: m(s, frame=list(f)), "must be an array"),
+        (lambda m, s, f: m(s), "no video"),
+        (lambda m, s, f: m(s, frame=np.where(f > 1, np.nan, f), frame_idx=2), "NaN"),
+        (lambda m, s, f: m(s, frame=f[:, :81]), "97x161"),
+        (lambda m, s, f: m(s, frame=np.stack([f, f])), "one frame"),
+        (lambda m, s, f: next(m.propagate_in_video_iterator(s)), "no video"),
+        (lambda m, s, f: m(m.processor.init_video_session(), f), "No object is known"),
+    ],
+)
+def test_mistakes_of_a_step_lose_nothing(act, message, onnx_model, tiny_clip):
+    frames, ids = tiny_clip
+    processor = onnx_model.processor
+    session = processor.init_video_session()
+    processor.add_inputs_to_inference_session(session, 1, input_masks=ids[1])
+    first, second = (processor(frame).pixel_values[0] for frame in frames[1:3])
+    onnx_model(session, first)
+    with pytest.raises(ValueError, match=message):
+        act(onnx_model, session, second)
+    assert onnx_model(session, second).frame_idx == 2, "the session goes on"
+
+
+# Without PyTorch
+
+
+_PROGRAM = """\
+import sys
+{block}
+sys.path.insert(0, {folder!r})
+import numpy as np
+from deformvos_onnx import OnnxDeformVos
+
+model = OnnxDeformVos.from_pretrained({folder!r}, num_threads=1)
+data = np.load({clip!r})
+session = model.processor.init_video_session(video=data["frames"])
+model.processor.add_inputs_to_inference_session(session, 0, input_masks=data["ids"])
+masks = [model.processor.post_process_id_map(o, (96, 160)) for o in model.propagate_in_video_iterator(session)]
+assert "torch" not in sys.modules or sys.modules["torch"] is None
+np.save({result!r}, np.stack(masks))
+"""
+
+
+def run_alone(python, block, folder, tmp_path, onnx_model, tiny_clip):
+    """Run the exported folder by another interpreter, and compare its masks with ours."""
+    frames, ids = tiny_clip
+    np.savez(tmp_path / "clip.npz", frames=frames, ids=ids[0])
+    names = {"folder": str(folder), "clip": str(tmp_path / "clip.npz"), "result": str(tmp_path / "masks.npy")}
+    program = _PROGRAM.format(block=block, **names)
+    # Elsewhere, so that only what lies in the folder is found.
+    result = subprocess.run(
+        [str(python), "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
+        env={"PATH": os.environ["PATH"]},
+    )
+    assert result.returncode == 0, result.stderr
+    session = onnx_model.processor.init_video_session(video=frames)
+    onnx_model.processor.add_inputs_to_inference_session(session, 0, input_masks=ids[0])
+    outputs = onnx_model.propagate_in_video_iterator(session)
+    expected = np.stack([onnx_model.processor.post_process_id_map(output, (96, 160)) for output in outputs])
+    assert (np.load(tmp_path / "masks.npy") == expected).mean() > 0.9999
+
+
+def test_runs_where_pytorch_is_missing(onnx_dir, onnx_model, tmp_path, tiny_clip):
+    blocked = [
+        "torch",
+        "transformers",
+        "hf_deformvos",
+        "huggingface_hub",
+        "safetensors",
+        "tqdm",
+        "scipy",
+        "onnx",
+        "av",
+    ]
+    block = f"sys.modules.update(dict.fromkeys({blocked!r}))"
+    run_alone(sys.executable, block, onnx_dir, tmp_path, onnx_model, tiny_clip)
+
+
+@pytest.mark.slow
+def test_runs_in_an_environment_of_its_own(onnx_dir, onnx_model, tmp_path, tiny_clip):
+    """NumPy, Pillow, PyAV and onnxruntime in a fresh environment, where a package index can be reached."""
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True, timeout=120)
+    python = tmp_path / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    install = [str(python), "-m", "pip", "install", "-q", "--retries", "0", "numpy", "pillow", "av", "onnxruntime"]
+    installed = subprocess.run(install, capture_output=True, text=True, timeout=240)
+    if installed.returncode != 0:
+        pytest.skip(f"no package index: {installed.stderr.strip().splitlines()[-1]}")
+    run_alone(python, "import av", onnx_dir, tmp_path, onnx_model, tiny_clip)
+
+
+# In the package
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch"])
+def test_segment_takes_an_exported_folder(format, request, tiny_clip, tiny_dir, tmp_path):
+    frames, ids = tiny_clip
+    (tmp_path / "video").mkdir()
+    for index, frame in enumerate(frames):
+        Image.fromarray(frame).save(tmp_path / "video" / f"{index:05d}.png")
+    Image.fromarray(ids[0]).save(tmp_path / "mask.png")
+    masks = {}
+    for name in (str(request.getfixturevalue(f"{format}_dir")), tiny_dir):
+        arguments = [str(tmp_path / "video"), "--mask", str(tmp_path / "mask.png"), "--model", name, "--quiet"]
+        assert main(["segment", *arguments, "--output", str(tmp_path / "out"), "--overwrite", "--device", "cpu"]) == 0
+        masks[name] = np.stack([np.asarray(Image.open(file)) for file in sorted((tmp_path / "out/masks").glob("*"))])
+        assert json.loads((tmp_path / "out/results.json").read_text())["model"]["sha256"] == hash_weights(name)
+    one, other = masks.values()
+    assert (one == other).mean() > 0.9999
+
+
+def test_evaluate_takes_an_exported_folder(onnx_dir, tiny_dir, tmp_path, capsys):
+    root = write_davis(tmp_path / "davis", frames=4)
+    for name in ("ant", "bee"):
+        (root / "ImageSets/2016").mkdir(parents=True, exist_ok=True)
+        with open(root / "ImageSets/2016/val.txt", "a") as file:
+            file.write(f"{name}\n")
+    scores = []
+    for model in (str(onnx_dir), tiny_dir):
+        arguments = ["--dataset", "davis2016", "--root", str(root), "--split", "val", "--device", "cpu"]
+        assert main(["evaluate", "--model", model, *arguments, "--json", str(tmp_path / "run.json")]) == 0
+        record = json.loads((tmp_path / "run.json").read_text())
+        total = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("all 2 sequences"))
+        scores.append([float(number) for number in total.split()[5:12]])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+
+
+def test_loading_names_mistakes(onnx_dir, torch_dir, tiny_dir, tmp_path):
+    with pytest.raises(ValueError, match=r"dtype.*bfloat16"):
+        load_for_inference(str(onnx_dir), dtype="bfloat16")
+    with pytest.raises(ValueError, match="use_offsets"):
+        load_for_inference(str(onnx_dir), overrides={"use_offsets": False})
+    with pytest.raises(ValueError, match="torch format"):
+        OnnxDeformVos.from_pretrained(torch_dir)
+    with pytest.raises(ValueError, match="deformvos export"):
+        OnnxDeformVos.from_pretrained(tmp_path)
+    model, processor = load_for_inference(str(onnx_dir), overrides={"memory_interval": 5})
+    assert model.config["memory_interval"] == 5
+    with pytest.raises(ValueError, match="float32"):
+        processor.init_video_session(dtype="bfloat16")
+    assert hash_weights(str(onnx_dir)) not in (None, hash_weights(str(torch_dir)))
+
+
+# The command
+
+
+def test_the_command_names_mistakes(onnx_dir, tiny_dir, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("")
+    out = str(tmp_path / "out")
+    for arguments, message in (
+        ([tiny_dir, out, "--format", "torch", "--dtype", "int8"], "int8"),
+        ([tiny_dir, out, "--calibration", "clip.mp4"], "belong together"),
+        ([tiny_dir, out, "--calibration", "clip.mp4", "--calibration-mask", "mask.png"], "int8"),
+        ([tiny_dir, str(onnx_dir)], "overwrite"),
+        ([tiny_dir, str(tmp_path / "file")], "is a file"),
+        ([tiny_dir, str(tmp_path / "full"), "--overwrite"], "no export"),
+        ([str(onnx_dir), out], "exported model itself"),
+        ([str(tmp_path / "none"), out], "none"),
+    ):
+        assert main(["export", *arguments]) == 2, arguments
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and message in error, error
+        assert not os.path.exists(out)
+    assert (tmp_path / "full" / "thesis.txt").exists()
+
+
+def test_the_module_written_is_the_packages(onnx_dir):
+    """The copy is whole, and the README beside it fits it."""
+    source = (ROOT / "hf_deformvos/export/onnx_session.py").read_bytes()
+    assert (onnx_dir / "deformvos_onnx.py").read_bytes() == source
+    spec = importlib.util.spec_from_file_location("deformvos_onnx", onnx_dir / "deformvos_onnx.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["deformvos_onnx"] = module
+    spec.loader.exec_module(module)
+    readme = (onnx_dir / "README.md").read_text()
+    code = readme.split("```python")[1].split("```")[0]
+    compile(code, "README.md", "exec")
+    assert "OnnxDeformVos.from_pretrained" in code and hasattr(module, "OnnxDeformVos")
+    del sys.modules["deformvos_onnx"]
+    settings = json.loads((onnx_dir / SETTINGS_FILE).read_text())
+    assert (settings["format"], settings["dtype"]) == ("onnx", "float32")
+
+
+def test_an_export_is_replaced_whole(onnx_dir, tiny_dir, tmp_path, monkeypatch):
+    """A failure leaves the export that was there."""
+    out = tmp_path / "out"
+    shutil.copytree(onnx_dir, out)
+    monkeypatch.setattr("hf_deformvos.export.exporting.write_graph", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export_model(tiny_dir, out, overwrite=True)
+    assert sorted(file.name for file in out.iterdir()) == sorted(file.name for file in onnx_dir.iterdir())
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]

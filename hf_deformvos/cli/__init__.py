@@ -11,7 +11,7 @@ import sys
 
 from hf_deformvos import __version__
 
-from . import dataset, evaluate, publish, score, segment
+from . import dataset, evaluate, export, publish, score, segment
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -19,11 +19,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="deformvos",
         description="Follow objects through video from one mask: segment a video, evaluate a model, score masks, "
-        "publish a model or a data set.",
+        "export a model, publish a model or a data set.",
     )
     parser.add_argument("--version", action="version", version=f"deformvos {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (segment, evaluate, score, publish, dataset):
+    for command in (segment, evaluate, score, export, publish, dataset):
         command.add_parser(subparsers)
     return parser
 

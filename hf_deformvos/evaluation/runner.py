@@ -310,7 +310,8 @@ class SequenceStream:
         if count_macs:
             with counting_macs() as macs, torch.no_grad():
                 output = self.runner.model(inference_session=self.session, frame=pixel_values)
-            self.macs = macs.value
+            # Nothing is counted of an exported model: its products are not PyTorch's.
+            self.macs = macs.value or None
             return output
         _synchronize(self.runner.device)
         start = time.perf_counter()
@@ -323,7 +324,7 @@ class SequenceStream:
 
     def result(self, score: SequenceScore, num_objects: int) -> SequenceResult:
         """Everything about the sequence, which has `num_objects` objects."""
-        num_parameters = sum(parameter.numel() for parameter in self.runner.model.parameters())
+        num_parameters = self.runner.model.num_parameters()
         facts = ModelFacts(num_parameters)
         if self.macs is not None:
             facts = ModelFacts(num_parameters, self.macs, self.network_size, num_objects)

@@ -75,9 +75,11 @@ def export_model(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         part = Path(folder, "export")
         part.mkdir()
-        for graph in build_graphs(loaded):
+        graphs = build_graphs(loaded)
+        for graph in graphs:
             write_graph(graph, part, format)
         settings = _settings(loaded, processor, format)
+        settings["outputs"] = {graph.name: graph.outputs for graph in graphs}
         settings["source"] = {"name": str(model), "sha256": hash_weights(str(model))}
         _write_runtime(part, settings)
         if dtype == "int8":
@@ -98,7 +100,9 @@ def _check_options(format: str, dtype: str, calibration, calibration_mask):
     if dtype == "int8" and format != "onnx":
         raise ValueError(f"`dtype` int8 is there for `format` onnx alone, got {format!r}.")
     if (calibration is None) != (calibration_mask is None):
-        raise ValueError("`calibration` and `calibration_mask` belong together: a video and the mask of its first frame.")
+        raise ValueError(
+            "`calibration` and `calibration_mask` belong together: a video and the mask of its first frame."
+        )
     if calibration is not None and dtype != "int8":
         raise ValueError(f"`calibration` is for `dtype` int8, got {dtype!r}.")
 

@@ -1,5 +1,6 @@
 """The network in four graphs whose state goes in and comes out as tensors: what is exported, and in which shapes."""
 
+import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,12 +19,19 @@ _EXAMPLE = {"h": 6, "w": 9, "groups": 2, "slots": 3}
 _MINIMA = {"h": 3, "w": 3, "groups": 1, "slots": 1}
 
 
+def _with_only(model: DeformVosModel, *parts: str) -> DeformVosModel:
+    """The model without its other parts, whose weights a program would carry along."""
+    model = copy.copy(model)
+    model._modules = {name: model._modules[name] for name in parts}
+    return model
+
+
 class EncodeGraph(nn.Module):
     """A frame to its features."""
 
     def __init__(self, model: DeformVosModel):
         super().__init__()
-        self.model = model
+        self.model = _with_only(model, "backbone", "token_projection")
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """`(1, 3, 16k+1, 16m+1)` to tokens `(1, hidden_size, h, w)` and the maps of strides 8 and 4."""
@@ -35,7 +43,7 @@ class ReadGraph(nn.Module):
 
     def __init__(self, model: DeformVosModel):
         super().__init__()
-        self.model = model
+        self.model = _with_only(model, "layers", "visual_norm", "id_norm", "decoder")
 
     def forward(
         self,
@@ -79,7 +87,7 @@ class WriteGraph(nn.Module):
 
     def __init__(self, model: DeformVosModel):
         super().__init__()
-        self.model = model
+        self.model = _with_only(model, "layers", "identity_bank")
 
     def forward(
         self, masks: torch.Tensor, visual_values: torch.Tensor, identification: torch.Tensor | None = None
@@ -106,7 +114,7 @@ class StartGraph(nn.Module):
 
     def __init__(self, model: DeformVosModel):
         super().__init__()
-        self.model = model
+        self.model = _with_only(model, "layers", "identity_bank")
 
     def forward(self, tokens: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Tokens and masks to keys `(L, key_size, h, w)`, values `(L, value_size * (1 + G), h, w)`, and with several
@@ -235,7 +243,7 @@ def build_graphs(model: DeformVosModel) -> list[Graph]:
 def export_program(graph: Graph) -> torch.export.ExportedProgram:
     """Trace a graph with all its dynamic axes."""
     with torch.no_grad():
-        return torch.export.export(
+        program = torch.export.export(
             graph.module,
             (),
             graph.example(),
@@ -243,6 +251,21 @@ def export_program(graph: Graph) -> torch.export.ExportedProgram:
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
+    _remove_assertions(program)
+    return program
+
+
+def _remove_assertions(program: torch.export.ExportedProgram):
+    """
+    Take the checks of sizes out of a program. Tracing holds a length of 1 for a special case, whose strides differ, and
+    asserts of axes that it saw with another length that they never have it: a single group of objects would be refused.
+    The operators are the same for it.
+    """
+    for node in list(program.graph.nodes):
+        if node.target is torch.ops.aten._assert_scalar.default:
+            program.graph.erase_node(node)
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
 
 
 __all__ = ["Axis", "Graph", "build_graphs", "export_program"]

@@ -78,7 +78,9 @@ def read_settings(folder: str | os.PathLike) -> dict:
     """
     path = os.path.join(folder, SETTINGS_FILE)
     if not os.path.isfile(path):
-        raise ValueError(f"{os.fspath(folder)} holds no {SETTINGS_FILE}: `deformvos export MODEL OUT` writes such a folder.")
+        raise ValueError(
+            f"{os.fspath(folder)} holds no {SETTINGS_FILE}: `deformvos export MODEL OUT` writes such a folder."
+        )
     with open(path, encoding="utf-8") as file:
         return json.load(file)
 
@@ -91,10 +93,16 @@ class OnnxGraphs:
         folder (`str` or `os.PathLike`): what `deformvos export --format onnx` wrote.
         num_threads (`int`, *optional*): threads of an operator; onnxruntime's choice by default.
         providers (`list`, *optional*): onnxruntime's execution providers, the CPU's by default.
+
+    Raises:
+        ValueError: if onnxruntime is not installed.
     """
 
     def __init__(self, folder: str | os.PathLike, num_threads: int | None = None, providers: list | None = None):
-        import onnxruntime
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ValueError(f"{os.fspath(folder)} needs onnxruntime: `pip install onnxruntime`.") from error
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -116,7 +124,7 @@ class OnnxGraphs:
 
 class OnnxDeformVos:
     """
-    The network. It holds no state of a video: any number of sessions can run on one.
+    The network, with its processor as `processor`. It holds no state of a video: any number of sessions can run on one.
 
     Args:
         graphs (`Callable[[str, dict], dict]`): runs a graph by its name, arrays by name in and out.
@@ -126,7 +134,11 @@ class OnnxDeformVos:
     def __init__(self, graphs: Callable[[str, dict], dict], settings: dict):
         self.graphs = graphs
         self.config = settings["config"]
-        self.processor = OnnxDeformVosProcessor(**settings["processor"])
+        self.processor = self._make_processor(settings)
+
+    @staticmethod
+    def _make_processor(settings: dict) -> "OnnxDeformVosProcessor":
+        return OnnxDeformVosProcessor(**settings["processor"])
 
     @classmethod
     def from_pretrained(
@@ -143,7 +155,9 @@ class OnnxDeformVos:
         """
         settings = read_settings(folder)
         if settings["format"] != "onnx":
-            raise ValueError(f"{os.fspath(folder)} holds graphs in {settings['format']} format; export with `--format onnx`.")
+            raise ValueError(
+                f"{os.fspath(folder)} holds graphs in {settings['format']} format; export with `--format onnx`."
+            )
         return cls(OnnxGraphs(folder, num_threads, providers), settings)
 
     def __call__(
@@ -246,6 +260,10 @@ class OnnxDeformVosProcessor:
         """
         if return_tensors not in (None, "np"):
             raise ValueError(f'`return_tensors` must be "np", got {return_tensors!r}: there are arrays alone here.')
+        return self.prepare(images, size)
+
+    def prepare(self, images, size: dict | None = None) -> Inputs:
+        """As [`~OnnxDeformVosProcessor.__call__`]."""
         size = self.size if size is None else size
         if not size.get("shortest_edge"):
             raise ValueError(f'`size` needs "shortest_edge", the bound of the short side in pixels; got {size}.')
@@ -298,7 +316,7 @@ class OnnxDeformVosProcessor:
         size = self.size if short_side is None else {**self.size, "shortest_edge": short_side}
 
         def prepare(frame):
-            inputs = self(frame, size=size)
+            inputs = self.prepare(frame, size)
             return inputs.pixel_values, inputs.original_sizes[0]
 
         return OnnxInferenceSession(video, prepare, memory_interval, long_term_slots)
@@ -507,7 +525,8 @@ def resize_nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if mask.shape == tuple(size):
         return mask
     rows, columns = (
-        np.minimum(((np.arange(target) + 0.5) * (source / target)).astype(np.int64), source - 1)
+        # In float32, whose rounding decides which of two pixels is nearest.
+        np.minimum(((np.arange(target, dtype=np.float32) + 0.5) * np.float32(source / target)).astype(int), source - 1)
         for source, target in zip(mask.shape, size, strict=True)
     )
     return mask[rows[:, None], columns]

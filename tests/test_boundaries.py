@@ -23,7 +23,8 @@ PARTS = {
     "training": {"video", "data", "evaluation", "publishing"},
     "export": set(),
     "publishing": {"video"},
-    "cli": {"video", "data", "evaluation", "publishing"},
+    "benchmark": {"video", "evaluation", "export"},
+    "cli": {"video", "data", "evaluation", "publishing", "benchmark"},
 }
 
 

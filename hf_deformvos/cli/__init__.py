@@ -11,19 +11,19 @@ import sys
 
 from hf_deformvos import __version__
 
-from . import dataset, evaluate, publish, score, segment
+from . import benchmark, dataset, evaluate, publish, score, segment
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all subcommands."""
     parser = argparse.ArgumentParser(
         prog="deformvos",
-        description="Follow objects through video from one mask: segment a video, evaluate a model, score masks, "
-        "publish a model or a data set.",
+        description="Follow objects through video from one mask: segment a video, evaluate or time a model, score "
+        "masks, publish a model or a data set.",
     )
     parser.add_argument("--version", action="version", version=f"deformvos {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (segment, evaluate, score, publish, dataset):
+    for command in (segment, evaluate, score, benchmark, publish, dataset):
         command.add_parser(subparsers)
     return parser
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -67,9 +68,18 @@ def _ask(config: EngineConfig, clip: Clip, num_objects: int, request: dict) -> d
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
-        words = " ".join(done.stderr.strip().splitlines()[-1:]) or "it said nothing"
-        raise ValueError(f"A process that measures {request['task']} ended with exit code {done.returncode}: {words}")
+        raise ValueError(
+            f"A process that measures {request['task']} ended with exit code {done.returncode}: "
+            f"{last_error(done.stderr)}"
+        )
     return json.loads(lines[-1])
 
 
-__all__ = ["measure_memory", "measure_start"]
+def last_error(text: str) -> str:
+    """The line of a traceback that names the error; the last line of other texts."""
+    lines = text.strip().splitlines()
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    return (named or lines or ["it said nothing"])[-1]
+
+
+__all__ = ["last_error", "measure_memory", "measure_start"]

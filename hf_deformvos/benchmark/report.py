@@ -67,6 +67,15 @@ def _work(case: dict, stage: str) -> str:
     )
 
 
+def peer_lines(comparison: dict) -> list[str]:
+    """A comparison with peers for the terminal."""
+    lines = [f"{case_title(comparison)}, one frame each in turn"]
+    for name, model in comparison["models"].items():
+        ratio = f"  {model['ratio']:.1f} times ours" if "ratio" in model else ""
+        lines.append(f"  {model.get('title', name):22s} {_times(model)}  {model['fps']:6.2f} frames/s{ratio}")
+    return lines
+
+
 def memory_words(memory: dict) -> str:
     """Peak and growth in words."""
     device = memory["peak_device_bytes"]
@@ -91,4 +100,4 @@ def rates_line(rates: dict) -> str:
     return f"this machine: {rates['matmul_gmacs']:.0f} GMACs/s in products, {rates['copy_gbytes']:.1f} GB/s in copies"
 
 
-__all__ = ["SCHEMA", "case_lines", "case_title", "describe", "memory_words", "rates_line", "start_line"]
+__all__ = ["SCHEMA", "case_lines", "case_title", "describe", "memory_words", "peer_lines", "rates_line", "start_line"]

@@ -10,6 +10,7 @@ from ..inference import hash_weights
 from . import report
 from .clip import Clip, write_clip
 from .engine import Engine, EngineConfig, load_engine
+from .peers import compare_with_peers
 from .processes import measure_memory, measure_start
 from .roofline import MachineRates, compare, count_work, measure_rates
 from .stages import SteadyStream
@@ -26,6 +27,10 @@ class Plan:
         num_frames (`int`): frames timed, after those that fill the memory.
         num_memory_frames (`int`): frames of the process whose memory is watched.
         skip (`frozenset[str]`): of `"roofline"`, `"memory"`, `"start"`.
+        peers_python (`str`, *optional*): interpreter of the peers' environment; none, no peers.
+        peers_dtype (`str`): the peers' precision.
+        peer_objects (`list[int]`): numbers of objects with which peers are timed: they take that many times longer.
+        num_peer_frames (`int`): rounds of one frame each that count.
     """
 
     sizes: list[tuple[int, int]] = field(default_factory=lambda: [(480, 854)])
@@ -33,6 +38,10 @@ class Plan:
     num_frames: int = 50
     num_memory_frames: int = 100
     skip: frozenset[str] = frozenset()
+    peers_python: str | None = None
+    peers_dtype: str = "float32"
+    peer_objects: list[int] = field(default_factory=lambda: [1])
+    num_peer_frames: int = 5
 
 
 def run_benchmark(
@@ -66,18 +75,27 @@ def run_benchmark(
         rates = measure_rates(engine.device, getattr(torch, config.dtype))
         result["rates"] = {name: round(value, 2) for name, value in asdict(rates).items()}
     result["cases"] = []
-    clip = None
+    clip, most_objects = None, max(plan.objects + (plan.peer_objects if plan.peers_python else []))
     for height, width in plan.sizes:
         wanted = engine.num_warmup_frames + plan.num_frames + 1
-        clip = write_clip(folder / f"{height}x{width}.mp4", height, width, wanted, max(plan.objects))
+        clip = write_clip(folder / f"{height}x{width}.mp4", height, width, wanted, most_objects)
         for num_objects in plan.objects:
             case = _measure_case(engine, clip, num_objects, plan, rates)
             result["cases"].append(case)
             for line in report.case_lines(case):
                 say(line)
+        if plan.peers_python:
+            for num_objects in plan.peer_objects:
+                result.setdefault("peers", []).append(_measure_peers(engine, clip, num_objects, plan))
+                for line in report.peer_lines(result["peers"][-1]):
+                    say(line)
     if "start" not in plan.skip:
         result["start"] = measure_start(config, clip)
     return result
+
+
+def _measure_peers(engine: Engine, clip: Clip, num_objects: int, plan: Plan) -> dict:
+    return compare_with_peers(engine, clip, num_objects, plan.num_peer_frames, plan.peers_python, plan.peers_dtype)
 
 
 def _measure_case(engine: Engine, clip: Clip, num_objects: int, plan: Plan, rates: MachineRates | None) -> dict:

@@ -2,8 +2,8 @@
 
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +78,21 @@ class SteadyStream:
             if any(stage in frame for frame in clock.frames)
         }
         return {"frame": {**summarize(whole), "fps": round(num_frames / sum(whole), 3)}, "stages": stages}
+
+    @contextmanager
+    def stepping(self) -> Iterator[Callable[[], float]]:
+        """A function that takes a frame from the file to its mask, nothing beside it, and returns the seconds."""
+        wait = synchronizer(str(self.engine.device))
+        with closing(self._decoded()) as frames:
+            next(frames)  # opens the file
+
+            def step() -> float:
+                started = time.perf_counter()
+                self.engine.step(self.session, next(frames).image)
+                wait()
+                return time.perf_counter() - started
+
+            yield step
 
     def time_stream(self, num_frames: int) -> dict:
         """Frames a second from file to masks in memory, the next frames being decoded meanwhile."""

@@ -51,6 +51,20 @@ def add_parser(subparsers) -> None:
         "--skip", metavar="PART[,PART]", type=_parts, default=[], help=f"leave out {', '.join(_PARTS)}"
     )
     parser.add_argument("--json", metavar="FILE", help="write every number")
+    peers = parser.add_argument_group(
+        "peers", "EdgeTAM and SAM 2.1 tiny of transformers with random weights, a frame each in turn with ours"
+    )
+    peers.add_argument("--peers", action="store_true", help="time them, too")
+    peers.add_argument(
+        "--peers-python",
+        metavar="FILE",
+        help="interpreter of their environment (default .venv-peers/bin/python, made by scripts/make_peers_env.sh)",
+    )
+    peers.add_argument("--peers-dtype", choices=_DTYPES[:3], default="float32", help="precision (default float32)")
+    peers.add_argument(
+        "--peer-objects", metavar="N[,N]", type=_numbers(1, 255), default=[1], help="objects followed (default 1)"
+    )
+    peers.add_argument("--peer-frames", metavar="N", type=at_least(1), default=5, help="frames timed (default 5)")
     parser.set_defaults(run=run)
 
 
@@ -101,6 +115,10 @@ def run(arguments: argparse.Namespace) -> int:
         num_frames=arguments.frames,
         num_memory_frames=arguments.memory_frames,
         skip=frozenset(arguments.skip),
+        peers_python=_peers_python(arguments),
+        peers_dtype=arguments.peers_dtype,
+        peer_objects=arguments.peer_objects,
+        num_peer_frames=arguments.peer_frames,
     )
     with tempfile.TemporaryDirectory() as folder:
         result = run_benchmark(config, plan, Path(folder), say=_say, preset=preset)
@@ -113,6 +131,21 @@ def run(arguments: argparse.Namespace) -> int:
         write_json(arguments.json, result)
         print(f"wrote {arguments.json}")
     return 0
+
+
+def _peers_python(arguments: argparse.Namespace) -> str | None:
+    """The peers' interpreter, where they are asked for; an error if it is not there."""
+    from ..benchmark.peers import DEFAULT_PYTHON
+
+    if not arguments.peers:
+        return None
+    python = Path(arguments.peers_python or DEFAULT_PYTHON)
+    if not python.is_file():
+        raise ValueError(
+            f"--peers-python must be the interpreter of an environment with torchvision and timm, got {python}, which "
+            "does not exist; scripts/make_peers_env.sh makes one in .venv-peers."
+        )
+    return str(python.absolute())
 
 
 def _say(line: str) -> None:

@@ -148,8 +148,8 @@ def compare_with_peers(
         worker (`Path`): the program that runs a peer.
 
     Returns:
-        `dict`: `size`, `objects`, `rounds`, and `models`: by name, times of a frame, `fps`, and for peers
-        `parameters`, `versions`, `dtype` and `ratio`, the median of ours into theirs.
+        `dict`: `size`, `objects`, `rounds`, and `models`: by name, times of a frame, `fps`, `parameters`,
+        `dtype`, and for peers `versions`, `masks` (the shape of theirs) and `ratio`, the median of ours into theirs.
 
     Raises:
         PeerError: if a peer cannot be run.
@@ -167,6 +167,7 @@ def compare_with_peers(
         steps = {OURS: stack.enter_context(stream.stepping()), **{n: p.step for n, p in processes.items()}}
         seconds = time_alternately(steps, num_frames, NUM_WARMUP_FRAMES)
         models = {name: _times(taken) for name, taken in seconds.items()}
+        models[OURS] |= {"title": "DeformVOS", "dtype": engine.config.dtype, "parameters": engine.num_parameters}
         for name, process in processes.items():
             models[name] |= {"title": PEERS.get(name, name), "dtype": dtype, **process.facts}
             models[name]["ratio"] = round(models[name]["median_ms"] / models[OURS]["median_ms"], 2)

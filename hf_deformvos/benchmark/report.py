@@ -5,7 +5,6 @@ from .engine import Engine, EngineConfig
 
 
 SCHEMA = 1
-TITLES = {"preprocess": "prepare", "postprocess": "masks"}
 
 
 def describe(engine: Engine, config: EngineConfig, preset: str | None, weights_sha256: str | None) -> dict:
@@ -17,7 +16,8 @@ def describe(engine: Engine, config: EngineConfig, preset: str | None, weights_s
     return {
         "kind": "benchmark",
         "schema": SCHEMA,
-        "model": {"name": config.model, "sha256": weights_sha256, "parameters": engine.num_parameters},
+        "model": {"name": config.model, "parameters": engine.num_parameters},
+        "weights_sha256": weights_sha256,
         "backend": config.backend,
         "preset": preset,
         "short_side": config.short_side,
@@ -43,7 +43,7 @@ def case_lines(case: dict) -> list[str]:
     ]
     for stage in STAGES:
         if stage in case["stages"]:
-            lines.append(f"    {TITLES.get(stage, stage):20s} {_times(case['stages'][stage])}{_work(case, stage)}")
+            lines.append(f"    {stage:20s} {_times(case['stages'][stage])}{_work(case, stage)}")
     lines.append(f"  {'decoding ahead':22s} {'':31s}  {case['stream']['fps']:6.2f} frames/s")
     lines.append(f"  {'and writing PNGs':22s} {'':31s}  {case['written']['fps']:6.2f} frames/s")
     if case.get("gmacs") is not None:

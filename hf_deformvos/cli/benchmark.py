@@ -51,6 +51,7 @@ def add_parser(subparsers) -> None:
         "--skip", metavar="PART[,PART]", type=_parts, default=[], help=f"leave out {', '.join(_PARTS)}"
     )
     parser.add_argument("--json", metavar="FILE", help="write every number")
+    parser.add_argument("--plot", metavar="FILE", help="draw it as .png, .svg or .pdf (needs matplotlib)")
     peers = parser.add_argument_group(
         "peers", "EdgeTAM and SAM 2.1 tiny of transformers with random weights, a frame each in turn with ours"
     )
@@ -104,10 +105,12 @@ def _parts(text: str) -> list[str]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
-    from ..benchmark import report
+    from ..benchmark import plot, report
     from ..benchmark.run import Plan, run_benchmark
     from ..evaluation.runner import write_json
 
+    if arguments.plot:
+        plot.check_plot(arguments.plot)
     config, preset = engine_config(arguments)
     plan = Plan(
         sizes=arguments.sizes,
@@ -130,6 +133,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         write_json(arguments.json, result)
         print(f"wrote {arguments.json}")
+    if arguments.plot:
+        plot.draw(result, arguments.plot)
+        print(f"wrote {arguments.plot}")
     return 0
 
 

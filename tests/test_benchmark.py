@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 import textwrap
 
@@ -14,7 +15,7 @@ from hf_deformvos import DeformVosConfig, DeformVosImageProcessor, DeformVosMode
 from hf_deformvos.benchmark import plot, processes
 from hf_deformvos.benchmark.clip import write_clip
 from hf_deformvos.benchmark.clock import STAGES, StageClock
-from hf_deformvos.benchmark.engine import EngineConfig, load_engine
+from hf_deformvos.benchmark.engine import EngineConfig, compile_parts, load_engine
 from hf_deformvos.benchmark.peers import PeerError, PeerProcess, compare_with_peers, time_alternately
 from hf_deformvos.benchmark.roofline import MachineRates, StageWork, compare, count_work
 from hf_deformvos.benchmark.stages import SteadyStream, summarize
@@ -158,6 +159,58 @@ def test_memory_and_start_in_processes_of_their_own(model_dir, clip):
     assert start["total_s"] == pytest.approx(start["import_s"] + start["load_s"] + start["first_mask_s"], abs=0.01)
     with pytest.raises(ValueError, match=r"ended with exit code 1: ValueError: The folder .* holds no config.json"):
         processes.measure_start(EngineConfig(str(clip.path.parent)), clip, num_runs=1)
+
+
+def test_compiled_parts_give_the_same_masks_and_stages(engine, model_dir, clip):
+    compiled = load_engine(EngineConfig(model_dir, device="cpu"))
+    # What is captured is the same for every compiler; the default one takes minutes.
+    compile_parts(compiled.model, compiler="eager")
+    with VideoReader(clip.path, max_frames=3) as reader:
+        frames = [frame.image for frame in reader]
+    masks = []
+    for each in (engine, compiled):
+        session, given = each.open_session(), [clip.mask_of(2), None, None]
+        masks.append([each.step(session, image, mask) for image, mask in zip(frames, given, strict=True)])
+    # An untrained model is undecided: a few pixels may fall the other way.
+    assert all((one == other).mean() > 0.99 for one, other in zip(*masks, strict=True))
+    assert list(SteadyStream(compiled, clip, 1).time_stages(2)["stages"]) == list(STAGES)
+
+
+def test_compiling_needs_a_compiler(engine, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler"):
+        compile_parts(engine.model)
+
+
+@pytest.fixture(scope="module")
+def exported_dir(model_dir, tmp_path_factory):
+    """The tiny model as graphs."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from hf_deformvos.export import export_model
+
+    folder = tmp_path_factory.mktemp("exported") / "tiny"
+    export_model(model_dir, str(folder), format="onnx")
+    return str(folder)
+
+
+@pytest.mark.slow
+def test_an_exported_model(exported_dir, model_dir, clip, tmp_path, capsys):
+    path = tmp_path / "benchmark.json"
+    options = ["--backend", "onnx", "--sizes", "96x160", "--frames", 2, "--memory-frames", 3, "--json", path]
+    assert run(exported_dir, *options) == 0
+    report = json.loads(path.read_text())
+    (case,) = report["cases"]
+    # The graph that reads the memory decodes as well.
+    assert list(case["stages"]) == [stage for stage in STAGES if stage != "decoder"]
+    assert (report["backend"], report["hardware"]["dtype"]) == ("onnx", "float32")
+    assert "rates" not in report and report["start"]["total_s"] > 0 and case["memory"]["frames"] == 3
+    capsys.readouterr()
+    assert run(exported_dir, "--backend", "onnx", "--dtype", "int8") == 2
+    assert "was exported in float32, got `dtype` 'int8'" in capsys.readouterr().err
+    for folder, backend in ((exported_dir, "torch"), (model_dir, "onnx")):
+        assert run(folder, "--backend", backend) == 2
+        assert f"The backend '{backend}' does not run" in capsys.readouterr().err
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ request in JSON, so that the clock and the memory see every import: `python case
 The last line of the output is the answer, in JSON.
 """
 
+import importlib.util
 import json
 import sys
 import time
@@ -70,6 +71,57 @@ class TorchCase:
         return torch.cuda.max_memory_allocated(self.engine.device)
 
 
+class OnnxCase:
+    """
+    An exported folder, run by the module that lies in it, with onnxruntime, NumPy, Pillow and PyAV: neither PyTorch
+    nor this package is imported.
+    """
+
+    def __init__(self, request: dict):
+        import av
+        import onnxruntime  # noqa: F401
+
+        folder = Path(request["engine"]["model"])
+        spec = importlib.util.spec_from_file_location("deformvos_onnx", folder / "deformvos_onnx.py")
+        self.request, self._av = request, av
+        self._module = sys.modules["deformvos_onnx"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self._module)
+
+    def load(self):
+        """Loads the graphs and opens a session."""
+        engine = self.request["engine"]
+        self.model = self._module.OnnxDeformVos.from_pretrained(engine["model"], num_threads=engine["threads"])
+        self.processor = self.model.processor
+        self.session = self.processor.init_video_session()
+        self.size = {}
+        if engine["short_side"]:
+            self.size = {"size": {**self.processor.size, "shortest_edge": engine["short_side"]}}
+
+    def frames(self) -> Iterator:
+        """Pictures without end."""
+        while True:
+            with self._av.open(self.request["clip"]) as container:
+                for frame in container.decode(video=0):
+                    yield frame.to_ndarray(format="rgb24")
+
+    def step(self, image, given):
+        """One frame to its mask."""
+        shape = image.shape[:2]
+        if given is not None:
+            self.processor.add_inputs_to_inference_session(
+                self.session, frame_idx=0, input_masks=given, original_size=shape
+            )
+        frame = self.processor(images=image, **self.size).pixel_values[0]
+        return self.processor.post_process_id_map(self.model(inference_session=self.session, frame=frame), shape)
+
+    def device_bytes(self) -> None:
+        """Nothing runs on another device."""
+        return None
+
+
+CASES = {"torch": TorchCase, "compile": TorchCase, "onnx": OnnxCase}
+
+
 def measure_memory(case, request: dict) -> dict:
     """Resident bytes after the imports and their peak from there on, loading included."""
     imported = status_bytes("VmRSS")
@@ -119,7 +171,7 @@ def main():
     # Beside this file lie modules whose names must not be found before those of packages.
     sys.path.pop(0)
     request = json.loads(sys.argv[1])
-    case = TorchCase(request)
+    case = CASES[request["engine"]["backend"]](request)
     measure = {"memory": measure_memory, "start": measure_start}[request["task"]]
     print(json.dumps(measure(case, request)))
 

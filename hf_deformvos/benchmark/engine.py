@@ -1,8 +1,10 @@
 """What is benchmarked: a model on one of the backends, stepped through a stream a frame at a time."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,7 +16,9 @@ from .clock import StageClock
 
 BACKENDS = ("torch", "compile", "onnx")
 DTYPES = ("float32", "bfloat16", "float16", "int8")
-_LONG_TERM_SLOTS, _MEMORY_INTERVAL = 3, 8
+_SETTINGS_FILE = "deformvos_export.json"  # of an exported folder
+# In an exported model the graph that reads the memory also decodes.
+_GRAPH_STAGES = {"encode": "backbone"}
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,8 @@ class EngineConfig:
     Args:
         model (`str`): folder or Hub repository; for the backend `onnx` a folder that `deformvos export` wrote.
         backend (`str`, defaults to `"torch"`): one of `BACKENDS`.
-        dtype (`str`, defaults to `"float32"`): one of `DTYPES`; `int8` is for graphs that were exported so.
+        dtype (`str`, *optional*):
+            One of `DTYPES`, float32 by default. Exported graphs have the one that they were exported in.
         device (`str`, *optional*): such as `"cpu"` or `"cuda"`; the fastest present by default.
         threads (`int`, *optional*): CPU threads of the network; what torch takes by default.
         short_side (`int`, *optional*): bound of the short side at the network, in pixels; the model's by default.
@@ -36,14 +41,14 @@ class EngineConfig:
 
     model: str
     backend: str = "torch"
-    dtype: str = "float32"
+    dtype: str | None = None
     device: str | None = None
     threads: int | None = None
     short_side: int | None = None
 
     def __post_init__(self):
         for name, value, allowed in (("backend", self.backend, BACKENDS), ("dtype", self.dtype, DTYPES)):
-            if value not in allowed:
+            if value not in (None, *allowed):
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
         if self.dtype == "int8" and self.backend != "onnx":
             raise ValueError(
@@ -61,9 +66,9 @@ class Engine:
     A loaded model with its processor.
 
     Attributes:
-        config (`EngineConfig`): what was asked for.
+        config (`EngineConfig`): what was asked for, its dtype filled in.
         device (`torch.device`): where it computes.
-        num_parameters (`int`, *optional*): of the model; `None` where its graphs do not tell.
+        num_parameters (`int`): of the model.
     """
 
     def __init__(self, config: EngineConfig, model, processor):
@@ -72,16 +77,13 @@ class Engine:
         self.processor = processor
         self.device = resolve_device("cpu" if config.backend == "onnx" else config.device)
         self._size = size_option(processor, config.short_side)
-        self.num_parameters = None
-        if isinstance(model, torch.nn.Module):
-            self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.num_parameters = model.num_parameters()
 
     @property
     def num_warmup_frames(self) -> int:
         """Frames until the memory bank is full and has been read once."""
-        config = getattr(self.model, "config", None)
-        slots = getattr(config, "long_term_slots", _LONG_TERM_SLOTS)
-        return (slots - 1) * getattr(config, "memory_interval", _MEMORY_INTERVAL) + 2
+        config = self.model.config if isinstance(self.model.config, dict) else self.model.config.to_dict()
+        return (config["long_term_slots"] - 1) * config["memory_interval"] + 2
 
     def open_session(self):
         """A new session of this engine's device and precision."""
@@ -129,27 +131,32 @@ class Engine:
     @contextmanager
     def watched(self, session, clock: StageClock) -> Iterator[None]:
         """Books the backbone, the decoder and the upsampling of masks inside the model's step to their stages."""
-        model, undo = self.model, []
-        spans = [(model, "encode_images", "backbone"), (session, "_output", "postprocess")]
-        for owner, name, stage in spans:
-            function = getattr(owner, name, None)
-            if function is not None:
-                setattr(owner, name, _booked(function, clock, stage))
-                undo.append((owner, name))
-        hooks = []
-        if isinstance(getattr(model, "decoder", None), torch.nn.Module):
-            hooks.append(model.decoder.register_forward_pre_hook(lambda *_: clock.enter("decoder")))
-            hooks.append(model.decoder.register_forward_hook(lambda *_: clock.leave()))
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(_replaced(session, "_output", lambda f: _booked(f, clock, "postprocess")))
+            if self.config.backend == "onnx":
+                stack.enter_context(_replaced(self.model, "graphs", lambda f: _booked_graphs(f, clock)))
+            else:
+                stack.enter_context(_replaced(self.model, "encode_images", lambda f: _booked(f, clock, "backbone")))
+                for hook in _booking_hooks(self.model.decoder, clock, "decoder"):
+                    stack.callback(hook.remove)
             yield
-        finally:
-            for owner, name in undo:
-                delattr(owner, name)
-            for hook in hooks:
-                hook.remove()
 
 
-def _booked(function, clock: StageClock, stage: str):
+@contextmanager
+def _replaced(owner, name: str, change: Callable[[Callable], Callable]) -> Iterator[None]:
+    """An object's function changed for a while, be it its own or its class's."""
+    is_own, function = name in vars(owner), getattr(owner, name)
+    setattr(owner, name, change(function))
+    try:
+        yield
+    finally:
+        if is_own:
+            setattr(owner, name, function)
+        else:
+            delattr(owner, name)
+
+
+def _booked(function: Callable, clock: StageClock, stage: str) -> Callable:
     """The function with its time booked."""
 
     def call(*arguments, **keywords):
@@ -157,6 +164,23 @@ def _booked(function, clock: StageClock, stage: str):
             return function(*arguments, **keywords)
 
     return call
+
+
+def _booked_graphs(graphs: Callable, clock: StageClock) -> Callable:
+    """What runs graphs by name, each booked to its stage."""
+
+    def call(name: str, inputs: dict):
+        with clock.stage(_GRAPH_STAGES.get(name, "propagation")):
+            return graphs(name, inputs)
+
+    return call
+
+
+def _booking_hooks(module: torch.nn.Module, clock: StageClock, stage: str) -> list:
+    return [
+        module.register_forward_pre_hook(lambda *_: clock.enter(stage)),
+        module.register_forward_hook(lambda *_: clock.leave()),
+    ]
 
 
 def load_engine(config: EngineConfig) -> Engine:
@@ -170,8 +194,56 @@ def load_engine(config: EngineConfig) -> Engine:
     logging.disable_progress_bar()
     if config.threads:
         torch.set_num_threads(config.threads)
+    is_exported = os.path.isfile(os.path.join(config.model, _SETTINGS_FILE))
+    if is_exported != (config.backend == "onnx"):
+        found = "exported graphs" if is_exported else "no exported graphs"
+        raise ValueError(
+            f"The backend {config.backend!r} does not run {config.model}, which holds {found}. `deformvos export "
+            "MODEL OUT --format onnx` makes a folder for the backend onnx; torch and compile take the model itself."
+        )
+    if is_exported:
+        config = replace(config, dtype=_exported_dtype(config))
+        model, processor = load_for_inference(config.model, config.device)
+        return Engine(config, model, processor)
+    config = replace(config, dtype=config.dtype or "float32")
     model, processor = load_for_inference(config.model, config.device, config.dtype)
+    if config.backend == "compile":
+        compile_parts(model)
     return Engine(config, model, processor)
 
 
-__all__ = ["BACKENDS", "DTYPES", "Engine", "EngineConfig", "load_engine"]
+def _exported_dtype(config: EngineConfig) -> str:
+    """The precision of an exported folder's graphs, which must be the one asked for, if any was."""
+    from ..export.onnx_session import read_settings
+
+    settings = read_settings(config.model)
+    if settings["format"] != "onnx":
+        raise ValueError(f"{config.model} holds graphs in {settings['format']} format; export with `--format onnx`.")
+    if config.dtype not in (None, settings["dtype"]):
+        raise ValueError(
+            f"{config.model} was exported in {settings['dtype']}, got `dtype` {config.dtype!r}; leave it out, or "
+            "export again."
+        )
+    return settings["dtype"]
+
+
+def compile_parts(model, compiler: str = "inductor"):
+    """
+    Compile the parts of a network in place. What a session does between them stays as it is.
+
+    Args:
+        model ([`DeformVosModel`]): the network, loaded for inference.
+        compiler (`str`, defaults to `"inductor"`): `backend` of `torch.compile`.
+
+    Raises:
+        ValueError: if there is no C++ compiler, which PyTorch needs for a CPU.
+    """
+    if model.device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
+        raise ValueError('The backend "compile" needs a C++ compiler on a CPU, and none was found; install g++.')
+    parts = [model.backbone, model.token_projection, *model.layers, model.identity_bank, model.decoder]
+    for part in parts:
+        # Not `part.compile()`: hooks, which tell the stages apart, would become part of the graph.
+        part.forward = torch.compile(part.forward, backend=compiler, dynamic=False)
+
+
+__all__ = ["BACKENDS", "DTYPES", "Engine", "EngineConfig", "compile_parts", "load_engine"]

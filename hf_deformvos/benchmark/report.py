@@ -1,18 +1,19 @@
 """A benchmark as JSON, and as a table for people."""
 
 from .clock import STAGES
-from .engine import Engine, EngineConfig
+from .engine import Engine
 
 
 SCHEMA = 1
 
 
-def describe(engine: Engine, config: EngineConfig, preset: str | None, weights_sha256: str | None) -> dict:
+def describe(engine: Engine, preset: str | None, weights_sha256: str | None) -> dict:
     """The head of a report: what ran, on what."""
     import torch
 
     from ..evaluation.runner import describe_hardware, describe_versions
 
+    config = engine.config
     return {
         "kind": "benchmark",
         "schema": SCHEMA,

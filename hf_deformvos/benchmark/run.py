@@ -68,7 +68,8 @@ def run_benchmark(
         ValueError: if something cannot be loaded, or a process that measures fails.
     """
     engine = load_engine(config)
-    result = report.describe(engine, config, preset, hash_weights(config.model))
+    config = engine.config
+    result = report.describe(engine, preset, hash_weights(config.model))
     result["settings"] = {"frames": plan.num_frames, "warmup_frames": engine.num_warmup_frames}
     rates = None
     if "roofline" not in plan.skip and config.backend != "onnx":

@@ -164,11 +164,12 @@ def engine_config(arguments: argparse.Namespace):
     from ..benchmark.presets import resolve_preset
     from .segment import default_model
 
-    preset = resolve_preset(arguments.preset) if arguments.preset else {}
+    preset = resolve_preset(arguments.preset, arguments.device) if arguments.preset else {}
     config = EngineConfig(
         model=arguments.model or default_model(),
         backend=arguments.backend,
-        dtype=arguments.dtype or preset.get("dtype", "float32"),
+        # Graphs that were exported keep their precision.
+        dtype=arguments.dtype or (None if arguments.backend == "onnx" else preset.get("dtype")),
         device=arguments.device,
         threads=arguments.threads,
         short_side=arguments.short_side or preset.get("short_side"),

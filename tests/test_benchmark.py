@@ -253,6 +253,10 @@ def test_command_line_end_to_end(tmp_path, model_dir, capsys):
     assert report["cases"][0]["network_size"] == [65, 113]
     assert "160x96, 11 objects" in printed and "frames/s" in printed and "this machine:" in printed
     assert "start" not in report
+    assert report["command"] == (
+        f"deformvos benchmark --model {model_dir} --sizes 96x160,64x96 --objects 1,11 --threads 1 --device cpu "
+        "--frames 2 --skip start,memory"
+    )
 
 
 def test_records_become_tables(tmp_path, model_dir):

@@ -2,7 +2,6 @@
 
 import argparse
 import shlex
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -125,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     with tempfile.TemporaryDirectory() as folder:
         result = run_benchmark(config, plan, Path(folder), say=_say, preset=preset)
-    result["command"] = shlex.join(["deformvos", *sys.argv[1:]])
+    result["command"] = command_of(arguments)
     if "rates" in result:
         print(report.rates_line(result["rates"]))
     if "start" in result:
@@ -137,6 +136,30 @@ def run(arguments: argparse.Namespace) -> int:
         plot.draw(result, arguments.plot)
         print(f"wrote {arguments.plot}")
     return 0
+
+
+def command_of(arguments: argparse.Namespace) -> str:
+    """The command that measures this again; where files of this machine lie is left out."""
+    chosen = {
+        "model": arguments.model,
+        "preset": arguments.preset,
+        "sizes": ",".join(f"{height}x{width}" for height, width in arguments.sizes),
+        "objects": ",".join(map(str, arguments.objects)),
+        "threads": arguments.threads,
+        "dtype": arguments.dtype,
+        "short-side": arguments.short_side,
+        "backend": None if arguments.backend == "torch" else arguments.backend,
+        "device": arguments.device,
+        "frames": arguments.frames,
+        "memory-frames": None if "memory" in arguments.skip else arguments.memory_frames,
+        "skip": ",".join(arguments.skip) or None,
+    }
+    if arguments.peers:
+        chosen["peers-dtype"] = arguments.peers_dtype
+        chosen["peer-objects"] = ",".join(map(str, arguments.peer_objects))
+        chosen["peer-frames"] = arguments.peer_frames
+    words = [word for name, value in chosen.items() if value is not None for word in (f"--{name}", str(value))]
+    return shlex.join(["deformvos", "benchmark", *words, *(["--peers"] if arguments.peers else [])])
 
 
 def _peers_python(arguments: argparse.Namespace) -> str | None:
@@ -177,4 +200,4 @@ def engine_config(arguments: argparse.Namespace):
     return config, arguments.preset
 
 
-__all__ = ["add_parser", "engine_config", "run"]
+__all__ = ["add_parser", "command_of", "engine_config", "run"]

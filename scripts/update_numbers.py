@@ -8,7 +8,9 @@ A text (README.md, docs/**/*.md, hub_cards/*/README.md) takes a figure between t
 `<!-- numbers:NAME:begin -->` and `<!-- numbers:NAME:end -->`. NAME is a record, that is a file of docs/numbers without
 `.json`, which gives a table of its means; `RECORD.sequences`, a table of its sequences; or `RECORD.FIELD`, one value
 inside a sentence. A record that scripts/measure_budget.py wrote gives a table of its cases. The records of evidence
-(docs/EVIDENCE.md) give `ablation.GROUP`, `ablation.pairs`, `objects`, `memory`, and `figures.NAME`, a picture.
+(docs/EVIDENCE.md) give `ablation.GROUP`, `ablation.pairs`, `objects`, `memory`, and `figures.NAME`, a picture. Records
+of `deformvos benchmark --json docs/numbers/benchmark-NAME.json` give `benchmark-NAME`, `benchmark-NAME.stages`,
+`benchmark-NAME.peers` and `benchmark-NAME.start`; `benchmark` in place of the name is all of them in one table.
 
 The file is not called numbers.py: beside it, NumPy would import it in place of the standard library's module.
 """
@@ -27,7 +29,9 @@ from pathlib import Path
 
 from hf_deformvos.publishing import cards, measurements
 from hf_deformvos.publishing.measurements import (
+    BENCHMARK_VIEWS,
     fields_of,
+    is_benchmark,
     render_means,
     render_sequences,
     sha256_of,
@@ -48,6 +52,7 @@ COMMANDS = {
     "objects": "python scripts/measure_objects.py",
     "memory": "python scripts/measure_memory.py",
     "figures": "python scripts/make_figures.py",
+    "benchmark": "deformvos benchmark --json docs/numbers/benchmark-NAME.json",
 }
 NUM_SEQUENCES = 20  # of DAVIS-2016 val: figures of a part of it must not pass for its
 
@@ -217,9 +222,22 @@ def render_evidence(record: dict, view: str, path: Path | None, root: Path) -> s
     return render_objects(record) if kind == "objects" else render_memory(record)
 
 
+def render_benchmarks(name: str, view: str, records: dict[str, dict]) -> str:
+    """A table of one benchmark, or of all of them."""
+    if view not in BENCHMARK_VIEWS:
+        known = ", ".join(view or "nothing" for view in BENCHMARK_VIEWS)
+        raise NumbersError(f"numbers:{name}.{view}: a benchmark has no {view!r}; it has {known}")
+    chosen = [record for key, record in records.items() if is_benchmark(record) and name in ("benchmark", key)]
+    if view in ("peers", "start"):
+        chosen = [record for record in chosen if view in record]
+    return BENCHMARK_VIEWS[view](chosen) if chosen else f"Not measured yet: `{COMMANDS['benchmark']}` does."
+
+
 def render_block(name: str, records: dict[str, dict], path: Path | None = None, root: Path = ROOT) -> str:
     """What stands between the markers of NAME in the text at `path`, newlines included."""
     record_name, _, view = name.partition(".")
+    if record_name.partition("-")[0] == "benchmark":
+        return f"\n{render_benchmarks(record_name, view, records)}\n"
     if record_name not in records:
         if record_name in COMMANDS:
             done = "drawn" if record_name == "figures" else "measured"

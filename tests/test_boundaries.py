@@ -23,7 +23,8 @@ PARTS = {
     "training": {"video", "data", "evaluation", "publishing"},
     "export": {"video"},
     "publishing": {"video"},
-    "cli": {"video", "data", "evaluation", "publishing", "export"},
+    "benchmark": {"video", "evaluation", "export"},
+    "cli": {"video", "data", "evaluation", "publishing", "export", "benchmark"},
 }
 
 

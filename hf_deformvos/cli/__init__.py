@@ -11,19 +11,19 @@ import sys
 
 from hf_deformvos import __version__
 
-from . import dataset, evaluate, export, publish, score, segment
+from . import benchmark, dataset, evaluate, export, publish, score, segment
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all subcommands."""
     parser = argparse.ArgumentParser(
         prog="deformvos",
-        description="Follow objects through video from one mask: segment a video, evaluate a model, score masks, "
-        "export a model, publish a model or a data set.",
+        description="Follow objects through video from one mask: segment a video, evaluate or time a model, score "
+        "masks, export a model, publish a model or a data set.",
     )
     parser.add_argument("--version", action="version", version=f"deformvos {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (segment, evaluate, score, export, publish, dataset):
+    for command in (segment, evaluate, score, benchmark, export, publish, dataset):
         command.add_parser(subparsers)
     return parser
 

@@ -351,12 +351,12 @@ def load_model(arguments: argparse.Namespace) -> LoadedModel:
         logging.disable_progress_bar()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    name = arguments.model or _default_model()
+    name = arguments.model or default_model()
     model, processor = load_for_inference(name, arguments.device, arguments.dtype)
     return LoadedModel(model, processor, name, hash_weights(name), str(model.device), arguments.dtype)
 
 
-def _default_model() -> str:
+def default_model() -> str:
     """The student bundled with a checkout, else the one on the Hub."""
     for root in (Path.cwd(), Path(__file__).resolve().parents[2]):
         if (root / _BUNDLED_MODEL / "config.json").is_file():
@@ -489,4 +489,4 @@ def _interrupts_held() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-__all__ = ["add_parser", "load_model", "run"]
+__all__ = ["add_parser", "default_model", "load_model", "run"]

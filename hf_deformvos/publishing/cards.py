@@ -86,10 +86,12 @@ def render_card(folder: str | Path, records: dict[str, dict], repo_id: str | Non
     folder = Path(folder)
     facts, config = read_json(folder / "training.json"), read_json(folder / "config.json")
     provenance = json.loads((TEMPLATES / "provenance.json").read_text())
+    benchmarks = measurements.own_benchmarks(folder / "model.safetensors", records)
     records = _own_records(folder, records)
     template = template_environment().get_template("model_card.md.jinja")
     try:
         context = _context(facts, config, provenance, folder, records, repo_id)
+        context["benchmarks"] = _benchmark_parts(benchmarks)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'training.json'} lacks what the card states: {error!r}.") from error
     return seal(re.sub(r"\n{3,}", "\n\n", template.render(**context)))
@@ -202,6 +204,14 @@ def _score(name: str, record: dict, markers: bool) -> dict:
         "sequences": block(".sequences", measurements.render_sequences(record)),
         "speed": measurements.render_speed(record),
     }
+
+
+def _benchmark_parts(records: list[dict]) -> list[str]:
+    """The tables of benchmarks: ours, and beside the peers' where they were timed."""
+    if not records:
+        return []
+    views = ["", "peers"] if any("peers" in record for record in records) else [""]
+    return [measurements.BENCHMARK_VIEWS[view](records) for view in views]
 
 
 def _own_records(folder: Path, records: dict[str, dict]) -> dict[str, dict]:

@@ -36,8 +36,8 @@ def find_records(places: list[Path], weights: Path) -> dict[str, dict]:
         weights (`Path`): the safetensors file; a measurement counts if it names its SHA-256.
 
     Returns:
-        `dict[str, dict]`: records by file name without `.json`; those of other weights, of other kinds, and without
-        scores are left out.
+        `dict[str, dict]`: evaluations and benchmarks by file name without `.json`; those of other weights, of other
+        kinds, and without scores are left out.
 
     Raises:
         ValueError: if a place is no file or folder, or a named file is no JSON.
@@ -53,13 +53,29 @@ def find_records(places: list[Path], weights: Path) -> dict[str, dict]:
                 record = json.loads(path.read_text())
             except (UnicodeDecodeError, json.JSONDecodeError) as error:
                 raise ValueError(f"{path} is no JSON: {error}") from error
-            if not isinstance(record, dict) or record.get("weights_sha256") != sha256 or "totals" not in record:
+            if not isinstance(record, dict) or record.get("weights_sha256") != sha256:
+                continue
+            if is_benchmark(record):
+                found[path.stem] = record
+            if "totals" not in record:
                 continue
             if "facts" not in record:
                 record = as_record(record, "", weights, record["command"])
             if record["totals"].get("J&F") is not None and record["facts"] is not None:
                 found[path.stem] = record
     return found
+
+
+def is_benchmark(record: dict) -> bool:
+    """Whether `deformvos benchmark --json` wrote it."""
+    return record.get("kind") == "benchmark"
+
+
+def own_benchmarks(weights: Path, records: dict[str, dict]) -> list[dict]:
+    """The benchmarks of these very weights, by name."""
+    sha256 = sha256_of(weights) if weights.is_file() else None
+    own = ((name, r) for name, r in sorted(records.items()) if is_benchmark(r) and sha256)
+    return [record for _, record in own if record["weights_sha256"] == sha256]
 
 
 def measures_of(scores: dict) -> dict[str, float]:
@@ -134,12 +150,127 @@ def render_speed(record: dict) -> str:
     return f"{hardware_of(record)}: {'; '.join(parts)}."
 
 
+def _frames_of(case: dict) -> str:
+    height, width = case["size"]
+    return f"{width}x{height}"
+
+
+def _name_of(record: dict) -> str:
+    """What ran: the preset, where one was named, and the precision and backend."""
+    backend = "" if record["backend"] == "torch" else f", {record['backend']}"
+    return f"{record['preset'] + ', ' if record['preset'] else ''}{record['hardware']['dtype']}{backend}"
+
+
+def _origins(records: list[dict]) -> str:
+    """The commands and machines of benchmarks, one a line where there are several."""
+    lines = (f"`{r['command']}`: {hardware_of(r)}, PyTorch {r['versions']['torch']}." for r in records)
+    return "\n\n".join(dict.fromkeys(lines))
+
+
+def render_benchmarks(records: list[dict]) -> str:
+    """A Markdown table of the cases of benchmarks: speed, cost and memory."""
+    rows = []
+    for record in records:
+        for case in record["cases"]:
+            memory, gmacs = case.get("memory"), case.get("gmacs")
+            network = case["network_size"]
+            above = memory and memory["above_imports_bytes"]
+            rows.append(
+                [
+                    _name_of(record),
+                    _frames_of(case),
+                    f"{network[1]}x{network[0]}",
+                    str(case["objects"]),
+                    f"{case['frame']['median_ms']:.1f} ms",
+                    f"{case['frame']['p95_ms']:.1f} ms",
+                    f"{case['stream']['fps']:.1f}",
+                    "-" if gmacs is None else f"{gmacs:.2f}",
+                    "-" if above is None else f"{above / 1e6:.0f} MB",
+                ]
+            )
+    titles = ["runs as", "frames", "network", "objects", "a frame", "95th percentile"]
+    titles += ["frames/s, decoding ahead", "GMACs", "memory above the libraries"]
+    return f"{table(titles, rows)}\n\n{_origins(records)}"
+
+
+def render_stages(records: list[dict]) -> str:
+    """A Markdown table of where the time of benchmarks goes, and the share that each stage gets of the machine."""
+    rows = []
+    for record in records:
+        for case in record["cases"]:
+            for stage, times in case["stages"].items():
+                work = case.get("roofline", {}).get(stage)
+                rows.append(
+                    [
+                        f"{_name_of(record)}, {_frames_of(case)}, {case['objects']}",
+                        stage,
+                        f"{times['median_ms']:.1f} ms",
+                        f"{times['p95_ms']:.1f} ms",
+                        *(
+                            ["-"] * 3
+                            if work is None
+                            else [f"{work[part]:.0%}" for part in ("matmul_share", "copy_share", "bound_share")]
+                        ),
+                    ]
+                )
+    titles = ["runs as, frames, objects", "stage", "median", "95th percentile"]
+    titles += ["of the product rate", "of the copy rate", "of its bound"]
+    rates = [
+        f"The machine reaches {record['rates']['matmul_gmacs']:.0f} thousand million multiply-accumulates and copies "
+        f"{record['rates']['copy_gbytes']:.1f} GB a second, in {hardware_of(record)}."
+        for record in records
+        if "rates" in record
+    ]
+    return "\n\n".join([table(titles, rows), *dict.fromkeys(rates), _origins(records)])
+
+
+def render_peers(records: list[dict]) -> str:
+    """A Markdown table of models that were timed in turn."""
+    rows = []
+    for record in records:
+        for comparison in record.get("peers", []):
+            for model in comparison["models"].values():
+                ours = "ratio" not in model
+                runs_as = _name_of(record) if ours else model["dtype"]
+                rows.append(
+                    [
+                        f"{model['title']} ({runs_as})",
+                        _frames_of(comparison),
+                        str(comparison["objects"]),
+                        "-" if model.get("parameters") is None else f"{model['parameters'] / 1e6:.2f} M",
+                        f"{model['median_ms']:.0f} ms",
+                        f"{model['fps']:.2f}",
+                        "1" if ours else f"1/{model['ratio']:.1f}",
+                    ]
+                )
+    titles = ["model", "frames", "objects", "parameters", "a frame", "frames/s", "speed"]
+    return f"{table(titles, rows)}\n\n{_origins([record for record in records if 'peers' in record])}"
+
+
+def render_start(records: list[dict]) -> str:
+    """A Markdown table of how long fresh processes took to their first mask."""
+    parts = ("import_s", "load_s", "first_mask_s", "total_s")
+    rows = [
+        [_name_of(record), *(f"{record['start'][part]:.2f} s" for part in parts)]
+        for record in records
+        if "start" in record
+    ]
+    origin = _origins([record for record in records if "start" in record])
+    return f"{table(['runs as', 'import', 'load', 'first mask', 'together'], rows)}\n\n{origin}"
+
+
+BENCHMARK_VIEWS = {"": render_benchmarks, "stages": render_stages, "peers": render_peers, "start": render_start}
+
+
 __all__ = [
+    "BENCHMARK_VIEWS",
     "MEASURES",
     "as_record",
     "fields_of",
     "find_records",
+    "is_benchmark",
     "measures_of",
+    "own_benchmarks",
     "render_means",
     "render_sequences",
     "render_speed",

@@ -1,0 +1,203 @@
+"""`deformvos benchmark`: speed of the steady stream by stages, memory, start and roofline, and peers beside it."""
+
+import argparse
+import shlex
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from .score import at_least
+
+
+# The names are repeated here so that the help appears without torch being imported.
+_BACKENDS = ("torch", "compile", "onnx")
+_DTYPES = ("float32", "bfloat16", "float16", "int8")
+_PARTS = ("roofline", "memory", "start")
+_DESCRIPTION = """\
+Time a model on this machine. A clip of moving objects is encoded as H.264 for each size and followed with a full
+memory: decode, preprocess, backbone, propagation (memory read and written), decoder, postprocess, first one after the
+other, then as `deformvos segment` runs them, with decoding (and writing of masks) in threads beside the network.
+Memory and start are measured in processes of their own; roofline compares each stage with the rates that this machine
+reaches in matrix products and in copies. docs/BENCHMARK.md says how each figure is taken."""
+
+
+def add_parser(subparsers) -> None:
+    """Adds the subcommand."""
+    parser = subparsers.add_parser(
+        "benchmark",
+        help="time a model on this machine, stage by stage",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", metavar="DIR_OR_REPO", help="folder or Hub repository (default: the student)")
+    parser.add_argument("--preset", metavar="NAME", help="accurate, standard or fast: precision and size at once")
+    parser.add_argument(
+        "--sizes", metavar="HxW[,HxW]", type=_sizes, default=[(480, 854)], help="frames (default 480x854)"
+    )
+    parser.add_argument(
+        "--objects", metavar="N[,N]", type=_numbers(1, 255), default=[1], help="objects followed (default 1)"
+    )
+    parser.add_argument("--threads", metavar="N", type=at_least(1), help="CPU threads of the network (default: all)")
+    parser.add_argument("--dtype", choices=_DTYPES, help="precision of the network (default: the preset's, float32)")
+    parser.add_argument("--short-side", metavar="N", type=at_least(16), help="short side at the network")
+    parser.add_argument("--backend", choices=_BACKENDS, default="torch", help="what runs the network (default torch)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (default: the fastest present)")
+    parser.add_argument("--frames", metavar="N", type=at_least(1), default=50, help="frames timed (default 50)")
+    parser.add_argument(
+        "--memory-frames", metavar="N", type=at_least(1), default=100, help="frames of the memory's case (default 100)"
+    )
+    parser.add_argument(
+        "--skip", metavar="PART[,PART]", type=_parts, default=[], help=f"leave out {', '.join(_PARTS)}"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write every number")
+    parser.add_argument("--plot", metavar="FILE", help="draw it as .png, .svg or .pdf (needs matplotlib)")
+    peers = parser.add_argument_group(
+        "peers", "EdgeTAM and SAM 2.1 tiny of transformers with random weights, a frame each in turn with ours"
+    )
+    peers.add_argument("--peers", action="store_true", help="time them, too")
+    peers.add_argument(
+        "--peers-python",
+        metavar="FILE",
+        help="interpreter of their environment (default .venv-peers/bin/python, made by scripts/make_peers_env.sh)",
+    )
+    peers.add_argument("--peers-dtype", choices=_DTYPES[:3], default="float32", help="precision (default float32)")
+    peers.add_argument(
+        "--peer-objects", metavar="N[,N]", type=_numbers(1, 255), default=[1], help="objects followed (default 1)"
+    )
+    peers.add_argument("--peer-frames", metavar="N", type=at_least(1), default=5, help="frames timed (default 5)")
+    parser.set_defaults(run=run)
+
+
+def _sizes(text: str) -> list[tuple[int, int]]:
+    """A type for argparse: `480x854,720x1280` to (height, width) pairs."""
+    sizes = []
+    for part in text.split(","):
+        sides = part.lower().split("x")
+        if len(sides) != 2 or not all(side.isdigit() for side in sides) or min(int(side) for side in sides) < 16:
+            raise argparse.ArgumentTypeError(
+                f"must be HEIGHTxWIDTH of at least 16 pixels a side, such as 480x854, got {part!r}"
+            )
+        sizes.append((int(sides[0]), int(sides[1])))
+    return sizes
+
+
+def _numbers(minimum: int, maximum: int) -> Callable[[str], list[int]]:
+    """A type for argparse: `1,5,10` to integers within bounds."""
+
+    def parse(text: str) -> list[int]:
+        parts = text.split(",")
+        if not all(part.isdigit() and minimum <= int(part) <= maximum for part in parts):
+            raise argparse.ArgumentTypeError(f"must be numbers from {minimum} to {maximum}, got {text!r}")
+        return [int(part) for part in parts]
+
+    return parse
+
+
+def _parts(text: str) -> list[str]:
+    """A type for argparse: names of parts that can be left out."""
+    parts = text.split(",")
+    unknown = [part for part in parts if part not in _PARTS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(_PARTS)}, got {unknown[0]!r}")
+    return parts
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command."""
+    from ..benchmark import plot, report
+    from ..benchmark.run import Plan, run_benchmark
+    from ..evaluation.runner import write_json
+
+    if arguments.plot:
+        plot.check_plot(arguments.plot)
+    config, preset = engine_config(arguments)
+    plan = Plan(
+        sizes=arguments.sizes,
+        objects=arguments.objects,
+        num_frames=arguments.frames,
+        num_memory_frames=arguments.memory_frames,
+        skip=frozenset(arguments.skip),
+        peers_python=_peers_python(arguments),
+        peers_dtype=arguments.peers_dtype,
+        peer_objects=arguments.peer_objects,
+        num_peer_frames=arguments.peer_frames,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        result = run_benchmark(config, plan, Path(folder), say=_say, preset=preset)
+    result["command"] = command_of(arguments)
+    if "rates" in result:
+        print(report.rates_line(result["rates"]))
+    if "start" in result:
+        print(report.start_line(result["start"]))
+    if arguments.json:
+        write_json(arguments.json, result)
+        print(f"wrote {arguments.json}")
+    if arguments.plot:
+        plot.draw(result, arguments.plot)
+        print(f"wrote {arguments.plot}")
+    return 0
+
+
+def command_of(arguments: argparse.Namespace) -> str:
+    """The command that measures this again; where files of this machine lie is left out."""
+    chosen = {
+        "model": arguments.model,
+        "preset": arguments.preset,
+        "sizes": ",".join(f"{height}x{width}" for height, width in arguments.sizes),
+        "objects": ",".join(map(str, arguments.objects)),
+        "threads": arguments.threads,
+        "dtype": arguments.dtype,
+        "short-side": arguments.short_side,
+        "backend": None if arguments.backend == "torch" else arguments.backend,
+        "device": arguments.device,
+        "frames": arguments.frames,
+        "memory-frames": None if "memory" in arguments.skip else arguments.memory_frames,
+        "skip": ",".join(arguments.skip) or None,
+    }
+    if arguments.peers:
+        chosen["peers-dtype"] = arguments.peers_dtype
+        chosen["peer-objects"] = ",".join(map(str, arguments.peer_objects))
+        chosen["peer-frames"] = arguments.peer_frames
+    words = [word for name, value in chosen.items() if value is not None for word in (f"--{name}", str(value))]
+    return shlex.join(["deformvos", "benchmark", *words, *(["--peers"] if arguments.peers else [])])
+
+
+def _peers_python(arguments: argparse.Namespace) -> str | None:
+    """The peers' interpreter, where they are asked for; an error if it is not there."""
+    from ..benchmark.peers import DEFAULT_PYTHON
+
+    if not arguments.peers:
+        return None
+    python = Path(arguments.peers_python or DEFAULT_PYTHON)
+    if not python.is_file():
+        raise ValueError(
+            f"--peers-python must be the interpreter of an environment with torchvision and timm, got {python}, which "
+            "does not exist; scripts/make_peers_env.sh makes one in .venv-peers."
+        )
+    return str(python.absolute())
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def engine_config(arguments: argparse.Namespace):
+    """What the arguments ask for, and the preset's name."""
+    from ..benchmark.engine import EngineConfig
+    from ..benchmark.presets import resolve_preset
+    from .segment import default_model
+
+    preset = resolve_preset(arguments.preset, arguments.device) if arguments.preset else {}
+    config = EngineConfig(
+        model=arguments.model or default_model(),
+        backend=arguments.backend,
+        # Graphs that were exported keep their precision.
+        dtype=arguments.dtype or (None if arguments.backend == "onnx" else preset.get("dtype")),
+        device=arguments.device,
+        threads=arguments.threads,
+        short_side=arguments.short_side or preset.get("short_side"),
+    )
+    return config, arguments.preset
+
+
+__all__ = ["add_parser", "command_of", "engine_config", "run"]

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -28,6 +28,7 @@ DIRECTIONS = ("forwards", "backwards", "both")
 # What each quality makes of a frame's short side; None is the size that the model was made for.
 QUALITIES: dict[str, int | None] = {"Fast": 320, "Standard": None}
 
+_DTYPES = ("float32", "bfloat16", "float16")
 _HERE = Path(__file__).resolve().parent
 # Frames that may wait before and after the network: enough to even out stalls.
 _QUEUE_DEPTH = 3
@@ -98,6 +99,8 @@ def native_dtype() -> str:
     else float32. The environment variable `DEFORMVOS_DTYPE` decides without measuring.
     """
     chosen = os.environ.get("DEFORMVOS_DTYPE", "").strip()
+    if chosen and chosen not in _DTYPES:
+        raise ValueError(f"The environment variable DEFORMVOS_DTYPE must be one of {_DTYPES}, got {chosen!r}.")
     if chosen:
         return chosen
     if torch.cuda.is_available():
@@ -217,21 +220,17 @@ def follow(
         yield run.report()
         model, processor = models.get(model_name)
         follower = _Follower(workspace, model, processor, QUALITIES[quality])
-        worker = BackgroundWorker(run.write, _QUEUE_DEPTH)
         try:
-            try:
+            with _worker(run.write) as worker, closing(_through(passes, follower)) as results:
                 reported = time.perf_counter()
-                for frame_idx, id_map in _through(passes, follower):
+                for frame_idx, id_map in results:
                     worker.submit(frame_idx, id_map)
                     workspace.touch()
-                    if workspace.should_stop:
-                        break
                     if time.perf_counter() - reported >= progress_every:
                         reported = time.perf_counter()
                         yield run.report()
-            finally:
-                worker.close()
-        except (DemoError, OSError, RuntimeError) as error:
+        except (DemoError, OSError, torch.OutOfMemoryError) as error:
+            # When the visitor has left, the files go while they are being read and written.
             if not workspace.is_closed:
                 raise _explain(error) from error
         yield replace(run.report(), finished=True, stopped=run.done < run.total)
@@ -260,11 +259,23 @@ def _plan(workspace: Workspace, start: int, direction: str) -> list[_Pass]:
     return passes
 
 
+@contextmanager
+def _worker(function) -> Iterator[BackgroundWorker]:
+    """A thread that writes; what it has been given is written out, and its own failure never hides another one."""
+    worker = BackgroundWorker(function, _QUEUE_DEPTH)
+    try:
+        yield worker
+    except BaseException:
+        with suppress(Exception):
+            worker.close()
+        raise
+    worker.close()
+
+
 def _through(passes: list[_Pass], follower: _Follower) -> Iterator[tuple[int, np.ndarray]]:
-    """Results of all passes, one after the other."""
+    """Results of all passes, one after the other, until the visitor stops it."""
     for each in passes:
-        with closing(follower.results(each)) as results:
-            yield from results
+        yield from follower.results(each)
 
 
 class _Run:
@@ -346,7 +357,7 @@ class _Follower:
 
 
 def _explain(error: Exception) -> Exception:
-    """What the visitor can do about a failure; errors of the program stay what they are."""
+    """What the visitor can do about a failure."""
     if isinstance(error, torch.OutOfMemoryError):
         return DemoError("The machine ran out of memory. Choose the quality Fast, or try again in some minutes.")
     if isinstance(error, OSError):

@@ -217,10 +217,10 @@ def follow(
         if quality not in QUALITIES:
             raise DemoError(f"There is no quality {quality!r}; choose one of {', '.join(QUALITIES)}.")
         run = _Run(workspace, sum(len(each.visits()) for each in passes), start)
+        shape = workspace.facts.height, workspace.facts.width
         yield run.report()
-        model, processor = models.get(model_name)
-        follower = _Follower(workspace, model, processor, QUALITIES[quality])
         try:
+            follower = _Follower(workspace, shape, *models.get(model_name), QUALITIES[quality])
             with _worker(run.write) as worker, closing(_through(passes, follower)) as results:
                 reported = time.perf_counter()
                 for frame_idx, id_map in results:
@@ -306,9 +306,8 @@ class _Run:
 class _Follower:
     """Runs a model over a workspace's frames: this thread computes, another one reads and prepares frames."""
 
-    def __init__(self, workspace: Workspace, model, processor, short_side: int | None):
-        self.workspace, self.model, self.processor = workspace, model, processor
-        self.shape = workspace.facts.height, workspace.facts.width
+    def __init__(self, workspace: Workspace, shape: tuple[int, int], model, processor, short_side: int | None):
+        self.workspace, self.shape, self.model, self.processor = workspace, shape, model, processor
         self._size = size_option(processor, short_side)
 
     def results(self, way: _Pass) -> Iterator[tuple[int, np.ndarray]]:

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -194,7 +194,8 @@ def follow(
 
     Marks of other frames count as well: those on the far side of the start tell what objects look like, those ahead
     correct the result when they are reached. On a marked frame the result is what was given, to the pixel. Results of
-    frames that are not visited stay, so that a correction changes one side of the video only.
+    frames that are not visited stay, so that a correction changes one side of the video only; so do those of objects
+    that are marked further on only, until they are reached.
 
     `workspace.stop` ends the run, and what is done stays; so does closing the generator.
 
@@ -254,9 +255,15 @@ def _plan(workspace: Workspace, start: int, direction: str) -> list[_Pass]:
         passes.append(_Pass(count, start, is_reversed=False))
     if direction == "backwards" or (direction == "both" and start > 0):
         passes.append(_Pass(count, start, is_reversed=True, skips_start=direction == "both"))
-    if not any(marks[frame_idx].any() for frame_idx in (start, *passes[0].references(marks))):
-        raise DemoError(f"Nothing is marked on frame {start} or before it on this way. Mark an object first.")
+    if not any(len(_marked(workspace, frame_idx)) for frame_idx in (start, *passes[0].references(marks))):
+        raise DemoError(f"Nothing is marked on frame {start} that could be followed this way. Mark an object first.")
     return passes
+
+
+def _marked(workspace: Workspace, frame_idx: int) -> np.ndarray:
+    """The ids of all pixels that are marked on a frame; none where the marks were cleared meanwhile."""
+    ids = workspace.marks.get(frame_idx)
+    return np.empty(0, dtype=np.uint8) if ids is None else ids[ids > 0]
 
 
 @contextmanager
@@ -314,14 +321,18 @@ class _Follower:
         """Frame and id map of every frame that the pass visits."""
         session = self.processor.init_video_session(dtype=self.model.dtype)
         references = way.references(self.workspace.marks)
+        ahead = self._ahead(way)
         prepared = prefetch(self._prepare([*references, *way.visits()]), _QUEUE_DEPTH)
         with closing(prepared):
             for number, (frame_idx, pixel_values) in enumerate(prepared):
                 if self.workspace.should_stop:
                     return
-                id_map = self._step(session, way, frame_idx, pixel_values)
+                position, given = way.position(frame_idx), self.workspace.marks.get(frame_idx)
+                if given is not None:
+                    self._give(session, position, given, frame_idx)
+                id_map = self._segment(session, position, pixel_values)
                 if number >= len(references):
-                    yield frame_idx, id_map
+                    yield frame_idx, self._settled(id_map, given, frame_idx, ahead(position) - set(session.object_ids))
 
     def _prepare(self, frame_indices: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
         """In the reading thread: frames at the network's size."""
@@ -330,28 +341,45 @@ class _Follower:
             inputs = self.processor(images=frames[frame_idx], return_tensors="pt", **self._size)
             yield frame_idx, inputs.pixel_values[0]
 
-    @torch.inference_mode()
-    def _step(self, session, way: _Pass, frame_idx: int, pixel_values: torch.Tensor) -> np.ndarray:
-        """One frame through the network, with what was given on it."""
-        position, given = way.position(frame_idx), self.workspace.marks.get(frame_idx)
-        is_whole = given is not None and self.workspace.is_whole(frame_idx)
-        if given is not None:
-            ids = np.unique(given[given > 0]).tolist()
+    def _ahead(self, way: _Pass) -> Callable[[int], set[int]]:
+        """Which objects are marked beyond a position of a pass."""
+        last = {}
+        for frame_idx in self.workspace.marks:
+            for obj_id in np.unique(_marked(self.workspace, frame_idx)).tolist():
+                last[obj_id] = max(last.get(obj_id, -1), way.position(frame_idx))
+        return lambda position: {obj_id for obj_id, at in last.items() if at > position}
+
+    def _give(self, session, position: int, given: np.ndarray, frame_idx: int):
+        """Tells the session what was given on a frame."""
+        ids = np.unique(given[given > 0]).tolist()
+        if self.workspace.is_whole(frame_idx):
             # An object that is known but not in a map that says all is not to be seen: its mask is empty.
-            ids += [obj_id for obj_id in session.object_ids if is_whole and obj_id not in ids]
-            if ids:
-                self.processor.add_inputs_to_inference_session(
-                    session, position, ids, [given == obj_id for obj_id in ids], original_size=self.shape
-                )
+            ids += [obj_id for obj_id in session.object_ids if obj_id not in ids]
+        if ids:
+            self.processor.add_inputs_to_inference_session(
+                session, position, ids, [given == obj_id for obj_id in ids], original_size=self.shape
+            )
+
+    @torch.inference_mode()
+    def _segment(self, session, position: int, pixel_values: torch.Tensor) -> np.ndarray:
+        """One frame through the network; background where no object is known yet."""
         if not session.object_ids:
             return np.zeros(self.shape, dtype=np.uint8)
         output = self.model(inference_session=session, frame=pixel_values, frame_idx=position)
-        if is_whole:
+        return self.processor.post_process_id_map(output, original_size=self.shape).astype(np.uint8)
+
+    def _settled(self, id_map: np.ndarray, given: np.ndarray | None, frame_idx: int, waiting: set[int]) -> np.ndarray:
+        """
+        The network's id map with what was given, to the pixel, and with the earlier result of objects that this pass
+        will only meet further on: it knows nothing of them yet.
+        """
+        if given is not None and self.workspace.is_whole(frame_idx):
             return given
-        id_map = self.processor.post_process_id_map(output, original_size=self.shape).astype(np.uint8)
+        earlier = self.workspace.mask(frame_idx) if waiting else None
+        if earlier is not None:
+            id_map = np.where((id_map == 0) & np.isin(earlier, list(waiting)), earlier, id_map)
         if given is None:
             return id_map
-        # To the pixel as given, not as it comes back from the network's size.
         return np.where(given > 0, given, np.where(np.isin(id_map, given[given > 0]), 0, id_map))
 
 

@@ -603,6 +603,23 @@ def test_an_object_that_a_correction_leaves_out_is_gone(loaded, tiny_clip, model
     assert not loaded.mask(second).any()
 
 
+def test_objects_that_are_marked_further_on_keep_their_earlier_result(loaded, tiny_clip, models):
+    ids = tiny_clip[1]
+    for t in range(6):
+        loaded.write_mask(t, ids[t])
+    loaded.set_marks(0, ids[0])
+    loaded.set_marks(4, np.where(ids[4] == 1, 1, 0))  # object 2 leaves here
+    list(follow(loaded, models, "Tiny", "Standard", 4, "both"))
+    assert not (loaded.mask(4) == 2).any()
+    for t in (1, 2, 3):
+        found = loaded.mask(t)
+        assert np.array_equal(found == 2, (ids[t] == 2) & (found != 1))
+    assert np.array_equal(loaded.mask(0), ids[0])
+    loaded.set_marks(0, np.where(ids[0] == 1, 1, 0))  # it was never there
+    list(follow(loaded, models, "Tiny", "Standard", 0, "forwards"))
+    assert not any((loaded.mask(t) == 2).any() for t in range(6))
+
+
 def test_marks_ahead_join_and_others_go_on(loaded, tiny_clip, models):
     ids = tiny_clip[1]
     loaded.set_marks(0, np.where(ids[0] == 1, 1, 0))
@@ -630,7 +647,7 @@ def test_what_cannot_be_followed(loaded, tiny_clip, models):
     with pytest.raises(DemoError, match="no quality 'Best'"):
         run(start=2, quality="Best")
     loaded.set_marks(4, np.zeros((96, 160), np.uint8), whole=True)
-    with pytest.raises(DemoError, match="Nothing is marked on frame 4 or before it on this way"):
+    with pytest.raises(DemoError, match="Nothing is marked on frame 4 that could be followed this way"):
         run(start=4, direction="backwards")
     assert not loaded.is_busy
     assert loaded.num_done == 0

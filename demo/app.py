@@ -18,7 +18,7 @@ import gradio as gr
 import page
 from following import DIRECTIONS, QUALITIES, Models, available_models
 from gradio.utils import get_upload_folder
-from steps import Editing, Steps, brush
+from steps import EXAMPLE_MASK, EXAMPLE_VIDEO, Editing, Steps, brush
 from workspace import LIMITS, Workspaces
 
 
@@ -49,7 +49,7 @@ def build() -> gr.Blocks:
         _build_mark(ui)
         _build_follow(ui)
         _build_result(ui)
-        gr.HTML(page.FOOTER)
+        ui.footer = gr.HTML(page.FOOTER)
         _connect_video(ui, steps)
         _connect_mark(ui, steps)
         _connect_follow(ui, steps)
@@ -71,13 +71,13 @@ def _build_video(ui: SimpleNamespace):
                     sources=["upload", "webcam"],
                     webcam_options=gr.WebcamOptions(mirror=False),
                     include_audio=True,
-                    height=300,
+                    height=330,
                     buttons=[],
                     elem_id="video",
                 )
             with gr.Column(scale=2, min_width=240):
                 ui.example = gr.Button("Try the example", elem_id="example", variant="secondary")
-                gr.HTML(page.EXAMPLE)
+                gr.HTML(page.example_card(EXAMPLE_VIDEO, EXAMPLE_MASK), elem_id="example_card")
         ui.video_status = gr.HTML(elem_id="video_status")
 
 
@@ -114,14 +114,15 @@ def _build_tools(ui: SimpleNamespace):
                 brush=brush(1),
                 eraser=gr.Eraser(),
                 canvas_size=(640, 360),
-                height=480,
+                height=440,
                 buttons=[],
                 elem_id="editor",
             )
+            ui.resting = gr.HTML(elem_id="resting")
         with gr.Tab("Box", id="box") as ui.box_tab:
             ui.box_hint = gr.HTML(page.hint(page.BOX_HINT), elem_id="box_hint")
             ui.box_picture = gr.Image(
-                show_label=False, interactive=False, format="jpeg", buttons=[], height=480, elem_id="box_picture"
+                show_label=False, interactive=False, format="jpeg", buttons=[], height=440, elem_id="box_picture"
             )
             with gr.Row(elem_id="corners"):
                 ui.left = gr.Number(label="Left", precision=0, minimum=0, min_width=80, elem_id="left")
@@ -192,52 +193,77 @@ def _build_result(ui: SimpleNamespace):
                 ui.get_record = gr.DownloadButton("Record (JSON)", elem_id="get_record")
 
 
-# Events of the page itself: not part of the API, no veil over the page while they last.
-_QUIET = {"api_visibility": "private", "show_progress": "hidden"}
+def _quiet(ui: SimpleNamespace) -> dict:
+    """
+    Settings of events of the page itself: not for programs, and no veil over the page. Progress is "shown" on a line
+    of text and never on the editor: Gradio reads the value of every component that it shows progress on, and the
+    editor's is several uploads.
+    """
+    return {"api_visibility": "private", "show_progress": "hidden", "show_progress_on": ui.footer}
+
+
+def _frame_outputs(ui: SimpleNamespace) -> list:
+    """What shows a frame in step 2."""
+    texts = [ui.objects, ui.name, ui.add, ui.marked, ui.start, ui.box_hint, ui.file_picture]
+    return [*texts, ui.box_picture, ui.editor, ui.resting]
 
 
 def _connect_video(ui: SimpleNamespace, steps: Steps):
-    everything = [value for name, value in vars(ui).items() if name != "editing"]
-    reading = {**_QUIET, "concurrency_id": "reading", "concurrency_limit": 2}
-    gr.on([ui.video.upload, ui.video.stop_recording], steps.open_video, [ui.video, ui.editing], everything, **reading)
-    ui.example.click(steps.open_example, ui.editing, everything, **reading)
-    ui.video.clear(steps.close_video, ui.editing, everything, **_QUIET)
+    quiet = _quiet(ui)
+    panels = [ui.mark_empty, ui.mark_panel, ui.follow_empty, ui.follow_panel, ui.result_empty, ui.result_panel]
+    shown = [*panels, ui.run_status, ui.live, ui.frame, ui.tools, ui.mask, *_frame_outputs(ui)]
+    reading = {**quiet, "concurrency_id": "reading", "concurrency_limit": 2}
+    uploaded = gr.on([ui.video.upload, ui.video.stop_recording], steps.hide_steps, None, panels, **quiet)
+    chosen = ui.example.click(steps.hide_steps, None, panels, **quiet)
+    for event, opening, inputs in (
+        (uploaded, steps.open_video, [ui.video, ui.editing]),
+        (chosen, steps.open_example, ui.editing),
+    ):
+        event.then(opening, inputs, [ui.video, ui.video_status], **reading).then(
+            steps.show_video, ui.editing, shown, **quiet
+        )
+    ui.video.clear(steps.close_video, ui.editing, [ui.video_status, *panels, ui.run_status, ui.live], **quiet)
 
 
 def _connect_mark(ui: SimpleNamespace, steps: Steps):
-    objects = [ui.objects, ui.name, ui.add, ui.marked, ui.editor]
-    frame = [*objects, ui.start, ui.box_picture, ui.box_hint, ui.file_picture]
-    painted = [ui.editor, ui.editing]
-    ui.frame.change(steps.go_to_frame, [ui.frame, *painted], frame, trigger_mode="always_last", **_QUIET)
+    quiet = _quiet(ui)
+    frame, painted = _frame_outputs(ui), [ui.editor, ui.editing]
+    one = {**quiet, "concurrency_id": "frame", "concurrency_limit": 1}
+    ui.frame.change(steps.go_to_frame, [ui.frame, *painted], frame, trigger_mode="always_last", **one).then(
+        steps.settle, [ui.frame, ui.editing], frame, **one
+    )
     for tool, tab in (("brush", ui.brush_tab), ("box", ui.box_tab), ("file", ui.file_tab)):
-        tab.select(steps.use_tool(tool), painted, frame, **_QUIET)
-    ui.objects.input(steps.choose_object, [ui.objects, ui.editing], objects, **_QUIET)
-    ui.add.click(steps.add_object, ui.editing, objects, **_QUIET)
-    gr.on([ui.name.blur, ui.name.submit], steps.rename_object, [ui.name, ui.editing], [*objects, ui.plot], **_QUIET)
-    ui.clear.click(steps.clear_frame, ui.editing, frame, **_QUIET)
+        tab.select(steps.use_tool(tool), painted, frame, **quiet)
+    ui.objects.input(steps.choose_object, [ui.objects, ui.editing], [ui.name, ui.editor], queue=False, **quiet)
+    ui.add.click(steps.add_object, ui.editing, [ui.objects, ui.name, ui.add, ui.editor], queue=False, **quiet)
+    renamed = [ui.objects, ui.marked, ui.plot]
+    gr.on([ui.name.blur, ui.name.submit], steps.rename_object, [ui.name, ui.editing], renamed, queue=False, **quiet)
+    ui.clear.click(steps.clear_frame, ui.editing, frame, **quiet)
     corners = [ui.left, ui.top, ui.right, ui.bottom]
-    ui.box_picture.select(steps.click_corner, ui.editing, [*frame, *corners], **_QUIET)
-    ui.mark_box.click(steps.enter_box, [*corners, ui.editing], frame, **_QUIET)
-    ui.mask.upload(steps.take_mask, [ui.mask, ui.editing], frame, **_QUIET)
+    ui.box_picture.select(steps.click_corner, ui.editing, [*frame, *corners], **quiet)
+    ui.mark_box.click(steps.enter_box, [*corners, ui.editing], frame, **quiet)
+    ui.mask.upload(steps.take_mask, [ui.mask, ui.editing], frame, **quiet)
 
 
 def _connect_follow(ui: SimpleNamespace, steps: Steps):
-    everything = [value for name, value in vars(ui).items() if name != "editing"]
-    ui.follow.click(steps.begin, [ui.editor, ui.editing], everything, **_QUIET).success(
-        steps.run,
-        [ui.model, ui.quality, ui.direction, ui.editing],
-        everything,
-        concurrency_id="model",
-        concurrency_limit=CONCURRENCY,
-        **_QUIET,
+    quiet = _quiet(ui)
+    running = [ui.follow, ui.stop, ui.run_status, ui.live]
+    settings = [ui.model, ui.quality, ui.direction, ui.editing]
+    result = [ui.player, ui.scrub, ui.scrubbed, ui.plot, ui.get_overlay, ui.get_masks, ui.get_record]
+    result += [ui.result_empty, ui.result_panel, *_frame_outputs(ui)]
+    ui.follow.click(
+        steps.begin, [ui.editor, ui.editing], [*running, ui.editor, ui.resting], queue=False, **quiet
+    ).then(steps.run, settings, running, concurrency_id="model", concurrency_limit=CONCURRENCY, **quiet).then(
+        steps.show_result, ui.editing, result, **quiet
     )
-    ui.stop.click(steps.stop, ui.editing, ui.stop, concurrency_limit=None, **_QUIET)
+    ui.stop.click(steps.stop, ui.editing, ui.stop, queue=False, **quiet)
 
 
 def _connect_result(ui: SimpleNamespace, steps: Steps):
-    ui.scrub.change(steps.scrub, ui.scrub, ui.scrubbed, trigger_mode="always_last", **_QUIET)
-    marking = [ui.objects, ui.name, ui.add, ui.marked, ui.editor, ui.start, ui.frame, ui.tools, ui.run_status]
-    ui.correct.click(steps.correct, [ui.scrub, ui.editor, ui.editing], marking, **_QUIET).success(
+    quiet = _quiet(ui)
+    ui.scrub.change(steps.scrub, ui.scrub, ui.scrubbed, trigger_mode="always_last", queue=False, **quiet)
+    marking = [ui.frame, ui.tools, ui.run_status, *_frame_outputs(ui)]
+    ui.correct.click(steps.correct, [ui.scrub, ui.editor, ui.editing], marking, **quiet).success(
         None, js=_TO_STEP.format(2)
     )
 

@@ -12,6 +12,8 @@ import numpy as np
 from following import Progress
 from workspace import LIMITS, PALETTE, VideoFacts, Workspace
 
+from hf_deformvos.video import VideoReader, draw_overlay, read_mask
+
 
 TITLE = "Follow objects through a video"
 STYLE = Path(__file__).resolve().parent / "style.css"
@@ -28,9 +30,10 @@ download.</p></header>"""
 LIMITS_TEXT = f"""<p class="hint" id="limits">{LIMITS.sentence()} Your video stays on this machine and is removed
 when you leave the page.</p>"""
 
-EXAMPLE = """<p class="hint">A short clip from <em>Big Buck Bunny</em>, with a rabbit and a ruin marked already: the
-quickest way to see what happens. <span class="credit">© Blender Foundation,
-<a href="https://creativecommons.org/licenses/by/3.0/">CC BY 3.0</a></span></p>"""
+_EXAMPLE_CREDIT = """<p class="hint">With a rabbit and a ruin marked already: the quickest way to see what happens.
+From <em>Big Buck Bunny</em>, © Blender Foundation,
+<a href="https://creativecommons.org/licenses/by/3.0/">CC BY 3.0</a>.
+</p>"""
 
 FOOTER = """<p class="hint foot">The model runs on this machine's processor. Things that look alike and pass close to
 each other can be confused: go to the picture where it happens, correct it, and follow on from there.</p>"""
@@ -39,7 +42,7 @@ EMPTY_MARK = "Choose a video above. Its pictures appear here, and you mark in on
 EMPTY_FOLLOW = "Once something is marked, it is followed from here, and you watch it happen."
 EMPTY_RESULT = "The finished video, the size of each object over time, and the downloads come here."
 
-BRUSH_HINT = "Paint over the object; its colour is set at “Objects”. Roughly is not enough: what is painted is what is followed."
+BRUSH_HINT = "Paint over the whole object, and rub out what is too much. Each object has its own colour."
 BOX_HINT = "Click two opposite corners of a box around the object. Its outline is looked for inside."
 BOX_SECOND = "Now click the opposite corner."
 FILE_HINT = "An image of the video's proportions: black is background, every other value or colour is an object."
@@ -116,6 +119,13 @@ def run_progress(progress: Progress) -> str:
     return progress_bar(progress.done / progress.total, text)
 
 
+def run_summary(facts: dict) -> str:
+    """What a run did."""
+    rate = facts["frames"] / max(facts["seconds"], 1e-6)
+    text = f"{facts['frames']} frames in {duration(facts['seconds'])}, {rate:.1f} a second. The result is in step 4."
+    return f"Stopped, and what is done is kept: {text}" if facts["stopped"] else text
+
+
 def facts_line(facts: VideoFacts) -> str:
     """What is known of a video, and what happened to it on the way in."""
     line = (
@@ -145,7 +155,8 @@ def picture(image: np.ndarray | None, text: str) -> str:
         image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])[1].tobytes()
     source = "data:image/jpeg;base64," + base64.b64encode(encoded).decode()
-    return f'<figure><img src="{source}" alt="{escape(text)}"><figcaption>{escape(text)}</figcaption></figure>'
+    caption = f"<figcaption>{escape(text)}</figcaption>" if text else ""
+    return f'<figure><img src="{source}" alt="{escape(text)}">{caption}</figure>'
 
 
 def marked_table(workspace: Workspace, names: list[str], frame_idx: int, ids: np.ndarray | None) -> str:
@@ -166,6 +177,13 @@ def marked_table(workspace: Workspace, names: list[str], frame_idx: int, ids: np
         f'<table class="objects"><thead><tr><td></td><th scope=col>Object</th><th scope=col>of frame {frame_idx}</th>'
         f'</tr></thead><tbody>{"".join(rows)}</tbody></table><p class="hint" id="marked">{where}</p>'
     )
+
+
+def example_card(video: Path, mask: Path) -> str:
+    """What the example looks like with its marks, and whose it is."""
+    with VideoReader(video, max_frames=1) as reader:
+        image = next(iter(reader)).image
+    return picture(draw_overlay(image, read_mask(mask, image.shape[:2]), PALETTE), "") + _EXAMPLE_CREDIT
 
 
 def theme() -> gr.themes.Base:
@@ -196,6 +214,10 @@ def theme() -> gr.themes.Base:
     ).set(
         body_background_fill="*neutral_50",
         body_background_fill_dark="*neutral_950",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_400",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_400",
         block_background_fill="white",
         block_background_fill_dark="*neutral_900",
         block_border_width="1px",

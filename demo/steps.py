@@ -18,15 +18,17 @@ import numpy as np
 import page
 import pandas as pd
 from exports import write_json, write_masks_zip, write_overlay
-from following import Models, follow
+from following import Models, Progress, follow
 from gradio.utils import get_upload_folder
 from marking import box_to_mask, id_map_to_layer, layers_to_id_map, mask_file_to_id_map
+from stamps import NUMBERS, read_stamp, stamped
 from workspace import LIMITS, PALETTE, DemoError, Workspace, Workspaces
 
 
 logger = logging.getLogger(__name__)
 
-EXAMPLES = Path(__file__).resolve().parent / "examples"
+_EXAMPLES = Path(__file__).resolve().parent / "examples"
+EXAMPLE_VIDEO, EXAMPLE_MASK = _EXAMPLES / "bunny.mp4", _EXAMPLES / "bunny_mask.png"
 EXAMPLE_NAMES = ("Rabbit", "Ruin")
 
 # Painted areas let the picture shine through; above one half, or they would not count as painted.
@@ -44,20 +46,26 @@ class Editing:
         frame (`int`): shown in step 2.
         tool (`str`): brush, box or file.
         given (`np.ndarray`, *optional*): what the editor was loaded with; what differs was painted since.
+        load (`int`): how often the editor was loaded; its picture carries the number.
         obj_id (`int`): the object that brush and box mark.
         names (`list[str]`): of the objects 1, 2 and so on.
         corner (`tuple[int, int]`, *optional*): the first corner of a box.
         is_running, is_cancelled (`bool`): whether a run was asked for, and whether it was called off.
+        has_news (`bool`): whether there is a new video, or a new result, that the page does not show yet.
+        downloads (`tuple[Path, ...]`): video, masks and record of the last run.
     """
 
     frame: int = 0
     tool: str = "brush"
     given: np.ndarray | None = None
+    load: int = 0
     obj_id: int = 1
     names: list[str] = field(default_factory=lambda: ["Object 1"])
     corner: tuple[int, int] | None = None
     is_running: bool = False
     is_cancelled: bool = False
+    has_news: bool = False
+    downloads: tuple[Path, ...] = ()
 
 
 def guarded(handler):
@@ -106,10 +114,19 @@ class Steps:
 
     def open_example(self, editing: Editing, request: gr.Request) -> Iterator[dict]:
         """Takes the example with its marks, so that it can be followed at once."""
-        yield from self._open(EXAMPLES / "bunny.mp4", EXAMPLES / "bunny_mask.png", editing, request)
+        yield from self._open(EXAMPLE_VIDEO, EXAMPLE_MASK, editing, request)
+
+    def hide_steps(self) -> dict:
+        """While a video is read there is nothing to mark."""
+        ui = self.ui
+        return {
+            **{each: gr.update(visible=True) for each in (ui.mark_empty, ui.follow_empty, ui.result_empty)},
+            **{each: gr.update(visible=False) for each in (ui.mark_panel, ui.follow_panel, ui.result_panel)},
+        }
 
     def _open(self, path: Path, mask: Path | None, editing: Editing, request: gr.Request) -> Iterator[dict]:
         ui, kept = self.ui, ""
+        editing.has_news = False
         try:
             workspace = self._workspace(request)
             kept = f" {workspace.facts.name} is still open." if workspace.facts else ""
@@ -120,54 +137,54 @@ class Steps:
                     of = f" of about {expected}" if expected else ""
                     share = min(done / expected, 1.0) if expected else None
                     yield {ui.video_status: page.progress_bar(share, f"Reading the video: {done}{of} frames")}
-            editing.__init__()
+            editing.__init__(load=editing.load, has_news=True)
             if mask is not None:
                 workspace.set_marks(0, mask_file_to_id_map(mask, self._size(workspace)))
                 editing.names = list(EXAMPLE_NAMES)
             self._name_objects(workspace, editing)
         except DemoError as error:
             yield {ui.video: None, ui.video_status: page.alert(str(error) + kept)}
-            return
         except Exception:
             logger.exception("A video could not be opened.")
             yield {ui.video: None, ui.video_status: page.alert(page.UNEXPECTED + kept)}
-            return
-        yield {
-            **({ui.video: str(path)} if mask is not None else {}),
-            ui.video_status: page.facts_line(workspace.facts),
+        else:
+            shown = {ui.video: str(path)} if mask is not None else {}
+            yield {**shown, ui.video_status: page.facts_line(workspace.facts)}
+
+    @guarded
+    def show_video(self, editing: Editing, request: gr.Request) -> dict:
+        """Opens the steps again, for a video that has just been read or for the one before it."""
+        workspace, ui = self._workspace(request), self.ui
+        if workspace.facts is None:
+            return gr.skip()
+        updates = {
             ui.mark_empty: gr.update(visible=False),
             ui.mark_panel: gr.update(visible=True),
             ui.follow_empty: gr.update(visible=False),
             ui.follow_panel: gr.update(visible=True),
-            ui.frame: gr.update(
-                value=0, maximum=max(workspace.facts.num_frames - 1, 1), interactive=workspace.facts.num_frames > 1
-            ),
-            ui.tools: gr.update(selected="brush"),
-            ui.run_status: "",
-            ui.live: "",
-            **self._no_results(),
+            ui.frame: self._slider(workspace, editing.frame),
+            ui.tools: gr.update(selected=editing.tool),
             **self._show_frame(workspace, editing),
         }
+        if editing.has_news:
+            editing.has_news = False
+            return {**updates, ui.mask: None, ui.run_status: "", ui.live: ""}
+        has_result = bool(editing.downloads)
+        shown = {ui.result_empty: gr.update(visible=not has_result), ui.result_panel: gr.update(visible=has_result)}
+        return {**updates, **shown}
+
+    @staticmethod
+    def _slider(workspace: Workspace, frame_idx: int) -> dict:
+        last = workspace.facts.num_frames - 1
+        return gr.update(value=frame_idx, maximum=max(last, 1), interactive=last > 0)
 
     @guarded
     def close_video(self, editing: Editing, request: gr.Request) -> dict:
         """The visitor took the video away."""
         ui = self.ui
         self.workspaces.close(request.session_hash)
-        editing.__init__()
-        return {
-            ui.video_status: "",
-            ui.mark_empty: gr.update(visible=True),
-            ui.mark_panel: gr.update(visible=False),
-            ui.follow_empty: gr.update(visible=True),
-            ui.follow_panel: gr.update(visible=False),
-            ui.run_status: "",
-            ui.live: "",
-            **self._no_results(),
-        }
-
-    def _no_results(self) -> dict:
-        return {self.ui.result_empty: gr.update(visible=True), self.ui.result_panel: gr.update(visible=False)}
+        editing.__init__(load=editing.load)
+        return {ui.video_status: "", ui.run_status: "", ui.live: "", **self.hide_steps()}
 
     # 2 Mark
 
@@ -195,6 +212,8 @@ class Steps:
         """Keeps what was painted since the editor was loaded."""
         if editing.tool != "brush" or editing.given is None or not (editor_value or {}).get("layers"):
             return
+        if read_stamp(editor_value.get("background")) not in (None, editing.load % NUMBERS):
+            return  # the editor still has the picture of another frame, so nothing can have been painted on this one
         ids = layers_to_id_map(editor_value, PALETTE, self._size(workspace))
         if not np.array_equal(ids, editing.given):
             workspace.set_marks(editing.frame, ids)
@@ -217,9 +236,14 @@ class Steps:
             image = workspace.frames[frame_idx]
             editing.given = np.zeros(image.shape[:2], dtype=np.uint8) if ids is None else ids
             layer = id_map_to_layer(editing.given, PALETTE, _ALPHA)
+            editing.load += 1
+            image = stamped(image, editing.load % NUMBERS)
             updates[ui.editor] = gr.update(
-                value={"background": image, "layers": [layer], "composite": None}, brush=brush(editing.obj_id)
+                value={"background": image, "layers": [layer], "composite": None},
+                brush=brush(editing.obj_id),
+                visible=not editing.is_running,
             )
+            updates[ui.resting] = self._resting(workspace, editing) if editing.is_running else ""
         elif editing.tool == "box":
             updates[ui.box_picture] = self._marked(workspace, frame_idx)
             updates[ui.box_hint] = page.hint(page.BOX_HINT)
@@ -227,6 +251,11 @@ class Steps:
             text = f"{page.frame_label(workspace, frame_idx)}, as it is marked"
             updates[ui.file_picture] = page.picture(self._marked(workspace, frame_idx), text.capitalize())
         return updates
+
+    def _resting(self, workspace: Workspace, editing: Editing) -> str:
+        """What stands in the editor's place during a run: Gradio reads the editor with every sign of progress."""
+        text = f"{self._caption(workspace, editing.frame)}, as it is marked. The brush rests until the run is over."
+        return page.picture(self._marked(workspace, editing.frame), text)
 
     @staticmethod
     def _marked(workspace: Workspace, frame_idx: int) -> np.ndarray:
@@ -245,6 +274,15 @@ class Steps:
         if frame_idx == editing.frame or workspace.facts is None or frame_idx >= workspace.facts.num_frames:
             return gr.skip()
         self._commit(workspace, editing, editor_value)
+        editing.frame = frame_idx
+        return self._show_frame(workspace, editing)
+
+    @guarded
+    def settle(self, frame: float, editing: Editing, request: gr.Request) -> dict:
+        """The frame that the slider came to rest on: its events may arrive in another order than they were sent."""
+        workspace, frame_idx = self._workspace(request), int(frame or 0)
+        if frame_idx == editing.frame or workspace.facts is None or frame_idx >= workspace.facts.num_frames:
+            return gr.skip()
         editing.frame = frame_idx
         return self._show_frame(workspace, editing)
 
@@ -368,16 +406,11 @@ class Steps:
     # 3 Follow
 
     def begin(self, editor_value: dict, editing: Editing, request: gr.Request) -> dict:
-        """
-        Takes what is painted and makes the page ready for a run.
-
-        Raises:
-            gr.Error: where there is nothing to follow; the run does not come about then.
-        """
+        """Takes what is painted and makes the page ready for `run`, or says why there is nothing to run."""
         try:
             workspace = self._workspace(request)
             if editing.is_running or workspace.is_busy:
-                raise DemoError("This page is working already. Wait until it is done, or stop it.")
+                return gr.skip()  # a second click
             self._commit(workspace, editing, editor_value)
             ids = self._ids(workspace, editing.frame)
             if editing.frame not in workspace.marks and ids is not None:
@@ -385,15 +418,18 @@ class Steps:
             if not workspace.marks:
                 raise DemoError("Nothing is marked yet. Paint over an object, box it, or upload a mask in step 2.")
         except DemoError as error:
-            raise gr.Error(str(error), title="Not yet", print_exception=False) from error
+            return {self.ui.run_status: page.alert(str(error))}
+        except Exception:
+            logger.exception("A run did not begin.")
+            return {self.ui.run_status: page.alert(page.UNEXPECTED)}
         editing.is_running, editing.is_cancelled = True, False
         return {
             self.ui.follow: gr.update(interactive=False),
             self.ui.stop: gr.update(interactive=True),
             self.ui.run_status: page.progress_bar(None, page.WAITING),
             self.ui.live: page.picture(workspace.overlay(editing.frame), self._caption(workspace, editing.frame)),
-            self.ui.marked: page.marked_table(workspace, editing.names, editing.frame, ids),
-            self.ui.objects: self._objects(editing),
+            self.ui.editor: gr.update(visible=False),
+            self.ui.resting: self._resting(workspace, editing),
         }
 
     @staticmethod
@@ -408,36 +444,27 @@ class Steps:
 
     def run(self, model: str, quality: str, direction: str, editing: Editing, request: gr.Request) -> Iterator[dict]:
         """Follows, shows every few frames, and writes what there is to download."""
+        if not editing.is_running:  # `begin` found a reason
+            yield gr.skip()
+            return
+        text = page.STOPPED_EARLY
         try:
             workspace = self._workspace(request)
-            if editing.is_cancelled:
-                yield {**self._idle(), self.ui.run_status: page.note(page.STOPPED_EARLY)}
-                return
-            started = time.monotonic()
-            for progress in follow(workspace, self.models, model, quality, editing.frame, direction):
-                yield {
-                    self.ui.run_status: page.run_progress(progress),
-                    self.ui.live: page.picture(
-                        workspace.overlay(progress.frame_idx), self._caption(workspace, progress.frame_idx)
-                    ),
-                }
-            facts = {
-                "model": model,
-                "quality": quality,
-                "direction": direction,
-                "start_frame": editing.frame,
-                "frames": progress.done,
-                "stopped": progress.stopped,
-                "seconds": round(time.monotonic() - started, 3),
-            }
-            yield {
-                self.ui.stop: gr.update(interactive=False),
-                self.ui.run_status: page.progress_bar(None, page.WRITING),
-            }
-            if workspace.num_done:
-                yield from self._finish(workspace, editing, facts)
-            else:
-                yield {**self._idle(), self.ui.run_status: page.note(page.STOPPED_EARLY)}
+            if not editing.is_cancelled:
+                started = time.monotonic()
+                for progress in follow(workspace, self.models, model, quality, editing.frame, direction):
+                    shown = workspace.overlay(progress.frame_idx)
+                    yield {
+                        self.ui.run_status: page.run_progress(progress),
+                        self.ui.live: page.picture(shown, self._caption(workspace, progress.frame_idx)),
+                    }
+                facts = run_facts(model, quality, direction, editing.frame, progress, started)
+                writing = page.progress_bar(None, page.WRITING)
+                yield {self.ui.stop: gr.update(interactive=False), self.ui.run_status: writing}
+                if workspace.num_done:
+                    yield from self._export(workspace, editing, facts)
+                    text = page.run_summary(facts)
+            yield {**self._idle(), self.ui.run_status: page.note(text)}
         except DemoError as error:
             yield {**self._idle(), self.ui.run_status: page.alert(str(error))}
         except Exception:
@@ -451,38 +478,37 @@ class Steps:
 
     # 4 Result
 
-    def _finish(self, workspace: Workspace, editing: Editing, facts: dict) -> Iterator[dict]:
-        """Writes the downloads and shows the result."""
-        ui, told = self.ui, 0.0
-        overlay, masks, record = self._export_paths(workspace)
+    def _export(self, workspace: Workspace, editing: Editing, facts: dict) -> Iterator[dict]:
+        """Writes the downloads."""
+        told = 0.0
+        editing.downloads = overlay, masks, record = self._export_paths(workspace)
         for share in write_overlay(workspace, overlay):
             if time.monotonic() - told > _INTERVAL:
                 told = time.monotonic()
-                yield {ui.run_status: page.progress_bar(share, page.WRITING)}
+                yield {self.ui.run_status: page.progress_bar(share, page.WRITING)}
         write_masks_zip(workspace, masks)
         write_json(workspace, record, facts)
-        rate = facts["frames"] / max(facts["seconds"], 1e-6)
-        text = f"{facts['frames']} frames in {duration_of(facts)} ({rate:.1f} frames a second). See step 4."
-        if facts["stopped"]:
-            text = f"Stopped; what is done is kept: {text}"
-        editing.is_running = False
-        yield {
-            **self._idle(),
+        editing.has_news = True
+
+    @guarded
+    def show_result(self, editing: Editing, request: gr.Request) -> dict:
+        """Opens the last step after a run, and shows in step 2 what was found."""
+        workspace, ui = self._workspace(request), self.ui
+        if not editing.has_news:
+            return self._show_frame(workspace, editing) if workspace.facts else gr.skip()
+        editing.has_news = False
+        overlay, masks, record = map(str, editing.downloads)
+        return {
             **self._show_frame(workspace, editing),
-            ui.run_status: page.note(text),
             ui.result_empty: gr.update(visible=False),
             ui.result_panel: gr.update(visible=True),
-            ui.player: str(overlay),
-            ui.scrub: gr.update(
-                value=editing.frame,
-                maximum=max(workspace.facts.num_frames - 1, 1),
-                interactive=workspace.facts.num_frames > 1,
-            ),
+            ui.player: overlay,
+            ui.scrub: self._slider(workspace, editing.frame),
             ui.scrubbed: self._scrubbed(workspace, editing.frame),
             ui.plot: self._plot(workspace),
-            ui.get_overlay: str(overlay),
-            ui.get_masks: str(masks),
-            ui.get_record: str(record),
+            ui.get_overlay: overlay,
+            ui.get_masks: masks,
+            ui.get_record: record,
         }
 
     @staticmethod
@@ -527,7 +553,7 @@ class Steps:
             self.ui.frame: frame_idx,
             self.ui.tools: gr.update(selected="brush"),
             self.ui.run_status: page.note(
-                f"Correct frame {frame_idx} above, then follow from there: the frames in that direction are found anew."
+                f"Correct frame {frame_idx} in step 2, then follow from there: frames on that side are found anew."
             ),
         }
 
@@ -552,17 +578,8 @@ class Steps:
                 pass
             workspace.set_marks(int(frame), mask_file_to_id_map(mask, self._size(workspace)))
             started = time.monotonic()
-            for progress in follow(workspace, self.models, model, quality, int(frame), direction):
-                pass
-            facts = {
-                "model": model,
-                "quality": quality,
-                "direction": direction,
-                "start_frame": int(frame),
-                "frames": progress.done,
-                "stopped": progress.stopped,
-                "seconds": round(time.monotonic() - started, 3),
-            }
+            *_, progress = follow(workspace, self.models, model, quality, int(frame), direction)
+            facts = run_facts(model, quality, direction, int(frame), progress, started)
             paths = self._export_paths(workspace)
             for _ in write_overlay(workspace, paths[0]):
                 pass
@@ -578,9 +595,17 @@ class Steps:
             self.workspaces.close(key)
 
 
-def duration_of(facts: dict) -> str:
-    """How long a run took, in words."""
-    return page.duration(facts["seconds"])
+def run_facts(model: str, quality: str, direction: str, start: int, progress: Progress, started: float) -> dict:
+    """What the record says of a run."""
+    return {
+        "model": model,
+        "quality": quality,
+        "direction": direction,
+        "start_frame": start,
+        "frames": progress.done,
+        "stopped": progress.stopped,
+        "seconds": round(time.monotonic() - started, 3),
+    }
 
 
 def brush(obj_id: int) -> gr.Brush:

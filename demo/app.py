@@ -252,7 +252,7 @@ def _connect_follow(ui: SimpleNamespace, steps: Steps):
     result = [ui.player, ui.scrub, ui.scrubbed, ui.plot, ui.get_overlay, ui.get_masks, ui.get_record]
     result += [ui.result_empty, ui.result_panel, *_frame_outputs(ui)]
     ui.follow.click(
-        steps.begin, [ui.editor, ui.editing], [*running, ui.editor, ui.resting], queue=False, **quiet
+        steps.begin, [ui.editor, ui.editing], [*running, ui.editor, ui.resting, ui.marked], queue=False, **quiet
     ).then(steps.run, settings, running, concurrency_id="model", concurrency_limit=CONCURRENCY, **quiet).then(
         steps.show_result, ui.editing, result, **quiet
     )

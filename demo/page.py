@@ -91,7 +91,9 @@ def colour(obj_id: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: `8 s`, `2 min 05 s`."""
+    """Seconds as people say them: `3.7 s`, `18 s`, `2 min 05 s`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
     seconds = round(seconds)
     return f"{seconds} s" if seconds < 60 else f"{seconds // 60} min {seconds % 60:02d} s"
 
@@ -126,13 +128,18 @@ def run_summary(facts: dict) -> str:
     return f"Stopped, and what is done is kept: {text}" if facts["stopped"] else text
 
 
-def facts_line(facts: VideoFacts) -> str:
+def facts_line(facts: VideoFacts, is_playable: bool = True) -> str:
     """What is known of a video, and what happened to it on the way in."""
     line = (
         f"{facts.name}: {facts.num_frames} frames, {duration(facts.seconds)}, {facts.width} × {facts.height} pixels, "
         f"{facts.fps:.4g} frames a second."
     )
-    return note(" ".join([line, *facts.notes]))
+    unseen = (
+        []
+        if is_playable
+        else ["Browsers do not play this kind of file, so there is no preview; it works all the same."]
+    )
+    return note(" ".join([line, *facts.notes, *unseen]))
 
 
 def frame_label(workspace: Workspace, frame_idx: int) -> str:

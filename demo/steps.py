@@ -31,6 +31,8 @@ _EXAMPLES = Path(__file__).resolve().parent / "examples"
 EXAMPLE_VIDEO, EXAMPLE_MASK = _EXAMPLES / "bunny.mp4", _EXAMPLES / "bunny_mask.png"
 EXAMPLE_NAMES = ("Rabbit", "Ruin")
 
+# What browsers play, by and large; of others the first step shows no preview.
+_PLAYABLE = (".mp4", ".m4v", ".mov", ".webm", ".ogv", ".ogg")
 # Painted areas let the picture shine through; above one half, or they would not count as painted.
 _ALPHA = 166
 # Seconds between two pictures of the progress of reading a file.
@@ -149,7 +151,7 @@ class Steps:
             yield {ui.video: None, ui.video_status: page.alert(page.UNEXPECTED + kept)}
         else:
             shown = {ui.video: str(path)} if mask is not None else {}
-            yield {**shown, ui.video_status: page.facts_line(workspace.facts)}
+            yield {**shown, ui.video_status: page.facts_line(workspace.facts, path.suffix.lower() in _PLAYABLE)}
 
     @guarded
     def show_video(self, editing: Editing, request: gr.Request) -> dict:
@@ -430,6 +432,7 @@ class Steps:
             self.ui.live: page.picture(workspace.overlay(editing.frame), self._caption(workspace, editing.frame)),
             self.ui.editor: gr.update(visible=False),
             self.ui.resting: self._resting(workspace, editing),
+            self.ui.marked: page.marked_table(workspace, editing.names, editing.frame, ids),
         }
 
     @staticmethod
@@ -447,9 +450,8 @@ class Steps:
         if not editing.is_running:  # `begin` found a reason
             yield gr.skip()
             return
-        text = page.STOPPED_EARLY
+        workspace, text = self._workspace(request), page.STOPPED_EARLY
         try:
-            workspace = self._workspace(request)
             if not editing.is_cancelled:
                 started = time.monotonic()
                 for progress in follow(workspace, self.models, model, quality, editing.frame, direction):
@@ -466,7 +468,8 @@ class Steps:
                     text = page.run_summary(facts)
             yield {**self._idle(), self.ui.run_status: page.note(text)}
         except DemoError as error:
-            yield {**self._idle(), self.ui.run_status: page.alert(str(error))}
+            gone = workspace.is_closed  # the visitor took the video away, and knows
+            yield {**self._idle(), self.ui.run_status: "" if gone else page.alert(str(error))}
         except Exception:
             logger.exception("A run failed.")
             yield {**self._idle(), self.ui.run_status: page.alert(page.UNEXPECTED)}

@@ -125,10 +125,10 @@ def _build_tools(ui: SimpleNamespace):
                 show_label=False, interactive=False, format="jpeg", buttons=[], height=440, elem_id="box_picture"
             )
             with gr.Row(elem_id="corners"):
-                ui.left = gr.Number(label="Left", precision=0, minimum=0, min_width=80, elem_id="left")
-                ui.top = gr.Number(label="Top", precision=0, minimum=0, min_width=80, elem_id="top")
-                ui.right = gr.Number(label="Right", precision=0, minimum=0, min_width=80, elem_id="right")
-                ui.bottom = gr.Number(label="Bottom", precision=0, minimum=0, min_width=80, elem_id="bottom")
+                ui.left = gr.Number(label="Left", precision=0, minimum=0, min_width=60, elem_id="left")
+                ui.top = gr.Number(label="Top", precision=0, minimum=0, min_width=60, elem_id="top")
+                ui.right = gr.Number(label="Right", precision=0, minimum=0, min_width=60, elem_id="right")
+                ui.bottom = gr.Number(label="Bottom", precision=0, minimum=0, min_width=60, elem_id="bottom")
             ui.mark_box = gr.Button("Mark what is in the box", size="sm", elem_id="mark_box")
         with gr.Tab("Mask file", id="file") as ui.file_tab:
             gr.HTML(page.hint(page.FILE_HINT))

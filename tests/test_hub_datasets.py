@@ -325,6 +325,8 @@ def test_a_folder_is_written_and_scored(tmp_path, davis, fake_model, capsys):
     assert push(davis, "--output", tmp_path / "set", "--overwrite", "--split", "val") == 0
     assert [path.name for path in (tmp_path / "set" / "data").iterdir()] == ["val-00000-of-00001.parquet"]
     assert "states no terms" in capsys.readouterr().err
+    assert push(davis, "--output", tmp_path / "set", "--overwrite", "--license-note", "Ask Ann.") == 0
+    assert "license: other" in (tmp_path / "set" / "README.md").read_text() and not capsys.readouterr().err
     assert "is not empty" in error_of(capsys, "push-dataset", davis, "--output", tmp_path / "set")
     (tmp_path / "set" / "README.md").write_text("mine\n")
     assert "--force" in error_of(capsys, "push-dataset", davis, "--output", tmp_path / "set", "--overwrite")
@@ -403,6 +405,18 @@ def test_mistakes_of_evaluating_are_one_line(tmp_path, davis, fake_model, capsys
 
 
 # --- The Hub ---------------------------------------------------------------------------------------------------------
+
+
+def test_missing_terms_are_told_before_the_commit(davis, hub, capsys, monkeypatch):
+    from hf_deformvos.publishing import dataset
+
+    told = []
+    genuine = dataset.publish_dataset
+    monkeypatch.setattr(
+        dataset, "publish_dataset", lambda *words: told.append(capsys.readouterr().err) or genuine(*words)
+    )
+    assert push(davis, "--repo", REPO) == 0
+    assert "states no terms" in told[0] and "states no terms" not in capsys.readouterr().err
 
 
 def test_push_once_and_again(tmp_path, davis, hub, capsys):

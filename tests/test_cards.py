@@ -96,10 +96,10 @@ def test_the_command_of_a_published_score_can_be_followed(student):
     assert "[DAVIS 2016](https://davischallenge.org/davis2016/code.html); `--root` names the folder" in text
     assert "on no package index yet" in text and "hub_cards" not in text and "docs/" not in text
     ((name, record),) = records_of(student).items()
-    words = "--model=/srv/ann/m --root /srv/ann/my-davis --json '/srv/ann/a b.json' --save-masks masks --resume"
+    words = "--model=/data/ann/m --root /data/ann/my-davis --json '/data/ann/a b.json' --save-masks masks --resume"
     private = {**record, "command": f"deformvos evaluate {words} --threads 2"}
     text = cards.render_card(student, {name: private}, REPO)
-    assert f"`deformvos evaluate --model {REPO} --root my-davis --threads 2`" in text and "/srv" not in text
+    assert f"`deformvos evaluate --model {REPO} --root my-davis --threads 2`" in text and "/data/ann" not in text
     streamed = {
         **record,
         "dataset": {**record["dataset"], "name": "folder"},

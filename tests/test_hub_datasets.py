@@ -436,7 +436,8 @@ def test_push_once_and_again(tmp_path, davis, hub, capsys):
     # Other shards replace those that are there; a split is not lost unasked.
     assert push(davis, "--repo", REPO, "--shard-size", "20kB") == 0
     assert "data/val-00000-of-00001.parquet" not in repo.at("main").files and len(repo.commits) == len(before) + 1
-    assert "has the split 'train'" in error_of(capsys, "push-dataset", davis, "--repo", REPO, "--split", "val")
+    words = ("push-dataset", davis, "--repo", REPO, "--license", "cc-by-4.0", "--split", "val")
+    assert "has the split 'train'" in error_of(capsys, *words)
     assert "has the split" in error_of(capsys, "push-dataset", davis, "--repo", REPO, "--split", "val", "--dry-run")
     assert push(davis, "--repo", REPO, "--split", "val", "--force") == 0
     assert not [name for name in repo.at("main").files if name.startswith("data/train")]
@@ -460,7 +461,7 @@ def test_passing_faults_do_not_show(davis, hub, monkeypatch, fault, match, optio
 
 def test_lasting_faults_are_one_line_and_leave_nothing(davis, hub, monkeypatch, capsys):
     hub.inject("status", r"^POST /api/.*/commit/", status=403)
-    assert "(403)" in error_of(capsys, "push-dataset", davis, "--repo", REPO)
+    assert "(403)" in error_of(capsys, "push-dataset", davis, "--repo", REPO, "--license", "cc-by-4.0")
     assert list(hub.repos[f"datasets/{REPO}"].at("main").files) == [".gitattributes"]
     monkeypatch.delenv("HF_TOKEN")
     seen = len(hub.requests)

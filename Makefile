@@ -19,11 +19,12 @@ EVAL_ARGS ?=
 
 BIN := $(VENV)/bin
 CORE := $(VENV)/.installed-core
+DEMO := $(VENV)/.installed-demo
 FULL := $(VENV)/.installed-full
 INSTALL = $(BIN)/python -m pip install -c constraints.txt $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env segment test check style numbers numbers-check clean
+.PHONY: help env segment demo test check style numbers numbers-check clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -37,10 +38,15 @@ $(CORE): pyproject.toml constraints.txt
 	$(INSTALL) -e .
 	@touch $@
 
+$(DEMO): $(CORE)
+	@echo "Installing what the browser demo needs"
+	$(INSTALL) -e ".[demo]"
+	@touch $@
+
 # vos-benchmark, the oracle of the metric tests, comes without its dependencies: see the test extra in pyproject.toml.
 $(FULL): $(CORE)
 	@echo "Installing what training, evaluation, export, figures and the tests need"
-	$(INSTALL) -e ".[train,eval,export,docs,test]"
+	$(INSTALL) -e ".[train,eval,demo,export,docs,test]"
 	$(INSTALL) --no-deps vos-benchmark
 	@touch $@
 
@@ -50,6 +56,9 @@ segment: $(CORE)  ## follow two objects through the example clip with the bundle
 	$(BIN)/python -m hf_deformvos segment $(VIDEO) --mask $(MASK) --model $(MODEL) --output $(OUTPUT) --overwrite --overlay $(OUTPUT)/overlay.mp4
 	@echo
 	@echo "Look at $(OUTPUT)/overlay.mp4: the clip with the objects coloured. The masks, one PNG a frame, are beside it."
+
+demo: $(DEMO)  ## serve the browser demo at http://127.0.0.1:7860
+	$(BIN)/python demo/app.py
 
 test: $(FULL)  ## make the environment and pass every check: lint, format, tests
 	@echo "[1/3] ruff check"

@@ -7,8 +7,8 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -28,6 +28,7 @@ DIRECTIONS = ("forwards", "backwards", "both")
 # What each quality makes of a frame's short side; None is the size that the model was made for.
 QUALITIES: dict[str, int | None] = {"Fast": 320, "Standard": None}
 
+_DTYPES = ("float32", "bfloat16", "float16")
 _HERE = Path(__file__).resolve().parent
 # Frames that may wait before and after the network: enough to even out stalls.
 _QUEUE_DEPTH = 3
@@ -98,6 +99,8 @@ def native_dtype() -> str:
     else float32. The environment variable `DEFORMVOS_DTYPE` decides without measuring.
     """
     chosen = os.environ.get("DEFORMVOS_DTYPE", "").strip()
+    if chosen and chosen not in _DTYPES:
+        raise ValueError(f"The environment variable DEFORMVOS_DTYPE must be one of {_DTYPES}, got {chosen!r}.")
     if chosen:
         return chosen
     if torch.cuda.is_available():
@@ -191,7 +194,8 @@ def follow(
 
     Marks of other frames count as well: those on the far side of the start tell what objects look like, those ahead
     correct the result when they are reached. On a marked frame the result is what was given, to the pixel. Results of
-    frames that are not visited stay, so that a correction changes one side of the video only.
+    frames that are not visited stay, so that a correction changes one side of the video only; so do those of objects
+    that are marked further on only, until they are reached.
 
     `workspace.stop` ends the run, and what is done stays; so does closing the generator.
 
@@ -214,24 +218,20 @@ def follow(
         if quality not in QUALITIES:
             raise DemoError(f"There is no quality {quality!r}; choose one of {', '.join(QUALITIES)}.")
         run = _Run(workspace, sum(len(each.visits()) for each in passes), start)
+        shape = workspace.facts.height, workspace.facts.width
         yield run.report()
-        model, processor = models.get(model_name)
-        follower = _Follower(workspace, model, processor, QUALITIES[quality])
-        worker = BackgroundWorker(run.write, _QUEUE_DEPTH)
         try:
-            try:
+            follower = _Follower(workspace, shape, *models.get(model_name), QUALITIES[quality])
+            with _worker(run.write) as worker, closing(_through(passes, follower)) as results:
                 reported = time.perf_counter()
-                for frame_idx, id_map in _through(passes, follower):
+                for frame_idx, id_map in results:
                     worker.submit(frame_idx, id_map)
                     workspace.touch()
-                    if workspace.should_stop:
-                        break
                     if time.perf_counter() - reported >= progress_every:
                         reported = time.perf_counter()
                         yield run.report()
-            finally:
-                worker.close()
-        except (DemoError, OSError, RuntimeError) as error:
+        except (DemoError, OSError, torch.OutOfMemoryError) as error:
+            # When the visitor has left, the files go while they are being read and written.
             if not workspace.is_closed:
                 raise _explain(error) from error
         yield replace(run.report(), finished=True, stopped=run.done < run.total)
@@ -255,16 +255,34 @@ def _plan(workspace: Workspace, start: int, direction: str) -> list[_Pass]:
         passes.append(_Pass(count, start, is_reversed=False))
     if direction == "backwards" or (direction == "both" and start > 0):
         passes.append(_Pass(count, start, is_reversed=True, skips_start=direction == "both"))
-    if not any(marks[frame_idx].any() for frame_idx in (start, *passes[0].references(marks))):
-        raise DemoError(f"Nothing is marked on frame {start} or before it on this way. Mark an object first.")
+    if not any(len(_marked(workspace, frame_idx)) for frame_idx in (start, *passes[0].references(marks))):
+        raise DemoError(f"Nothing is marked on frame {start} that could be followed this way. Mark an object first.")
     return passes
 
 
+def _marked(workspace: Workspace, frame_idx: int) -> np.ndarray:
+    """The ids of all pixels that are marked on a frame; none where the marks were cleared meanwhile."""
+    ids = workspace.marks.get(frame_idx)
+    return np.empty(0, dtype=np.uint8) if ids is None else ids[ids > 0]
+
+
+@contextmanager
+def _worker(function) -> Iterator[BackgroundWorker]:
+    """A thread that writes; what it has been given is written out, and its own failure never hides another one."""
+    worker = BackgroundWorker(function, _QUEUE_DEPTH)
+    try:
+        yield worker
+    except BaseException:
+        with suppress(Exception):
+            worker.close()
+        raise
+    worker.close()
+
+
 def _through(passes: list[_Pass], follower: _Follower) -> Iterator[tuple[int, np.ndarray]]:
-    """Results of all passes, one after the other."""
+    """Results of all passes, one after the other, until the visitor stops it."""
     for each in passes:
-        with closing(follower.results(each)) as results:
-            yield from results
+        yield from follower.results(each)
 
 
 class _Run:
@@ -295,23 +313,26 @@ class _Run:
 class _Follower:
     """Runs a model over a workspace's frames: this thread computes, another one reads and prepares frames."""
 
-    def __init__(self, workspace: Workspace, model, processor, short_side: int | None):
-        self.workspace, self.model, self.processor = workspace, model, processor
-        self.shape = workspace.facts.height, workspace.facts.width
+    def __init__(self, workspace: Workspace, shape: tuple[int, int], model, processor, short_side: int | None):
+        self.workspace, self.shape, self.model, self.processor = workspace, shape, model, processor
         self._size = size_option(processor, short_side)
 
     def results(self, way: _Pass) -> Iterator[tuple[int, np.ndarray]]:
         """Frame and id map of every frame that the pass visits."""
         session = self.processor.init_video_session(dtype=self.model.dtype)
         references = way.references(self.workspace.marks)
+        ahead = self._ahead(way)
         prepared = prefetch(self._prepare([*references, *way.visits()]), _QUEUE_DEPTH)
         with closing(prepared):
             for number, (frame_idx, pixel_values) in enumerate(prepared):
                 if self.workspace.should_stop:
                     return
-                id_map = self._step(session, way, frame_idx, pixel_values)
+                position, given = way.position(frame_idx), self.workspace.marks.get(frame_idx)
+                if given is not None:
+                    self._give(session, position, given, frame_idx)
+                id_map = self._segment(session, position, pixel_values)
                 if number >= len(references):
-                    yield frame_idx, id_map
+                    yield frame_idx, self._settled(id_map, given, frame_idx, ahead(position) - set(session.object_ids))
 
     def _prepare(self, frame_indices: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
         """In the reading thread: frames at the network's size."""
@@ -320,33 +341,50 @@ class _Follower:
             inputs = self.processor(images=frames[frame_idx], return_tensors="pt", **self._size)
             yield frame_idx, inputs.pixel_values[0]
 
-    @torch.inference_mode()
-    def _step(self, session, way: _Pass, frame_idx: int, pixel_values: torch.Tensor) -> np.ndarray:
-        """One frame through the network, with what was given on it."""
-        position, given = way.position(frame_idx), self.workspace.marks.get(frame_idx)
-        is_whole = given is not None and self.workspace.is_whole(frame_idx)
-        if given is not None:
-            ids = np.unique(given[given > 0]).tolist()
+    def _ahead(self, way: _Pass) -> Callable[[int], set[int]]:
+        """Which objects are marked beyond a position of a pass."""
+        last = {}
+        for frame_idx in self.workspace.marks:
+            for obj_id in np.unique(_marked(self.workspace, frame_idx)).tolist():
+                last[obj_id] = max(last.get(obj_id, -1), way.position(frame_idx))
+        return lambda position: {obj_id for obj_id, at in last.items() if at > position}
+
+    def _give(self, session, position: int, given: np.ndarray, frame_idx: int):
+        """Tells the session what was given on a frame."""
+        ids = np.unique(given[given > 0]).tolist()
+        if self.workspace.is_whole(frame_idx):
             # An object that is known but not in a map that says all is not to be seen: its mask is empty.
-            ids += [obj_id for obj_id in session.object_ids if is_whole and obj_id not in ids]
-            if ids:
-                self.processor.add_inputs_to_inference_session(
-                    session, position, ids, [given == obj_id for obj_id in ids], original_size=self.shape
-                )
+            ids += [obj_id for obj_id in session.object_ids if obj_id not in ids]
+        if ids:
+            self.processor.add_inputs_to_inference_session(
+                session, position, ids, [given == obj_id for obj_id in ids], original_size=self.shape
+            )
+
+    @torch.inference_mode()
+    def _segment(self, session, position: int, pixel_values: torch.Tensor) -> np.ndarray:
+        """One frame through the network; background where no object is known yet."""
         if not session.object_ids:
             return np.zeros(self.shape, dtype=np.uint8)
         output = self.model(inference_session=session, frame=pixel_values, frame_idx=position)
-        if is_whole:
+        return self.processor.post_process_id_map(output, original_size=self.shape).astype(np.uint8)
+
+    def _settled(self, id_map: np.ndarray, given: np.ndarray | None, frame_idx: int, waiting: set[int]) -> np.ndarray:
+        """
+        The network's id map with what was given, to the pixel, and with the earlier result of objects that this pass
+        will only meet further on: it knows nothing of them yet.
+        """
+        if given is not None and self.workspace.is_whole(frame_idx):
             return given
-        id_map = self.processor.post_process_id_map(output, original_size=self.shape).astype(np.uint8)
+        earlier = self.workspace.mask(frame_idx) if waiting else None
+        if earlier is not None:
+            id_map = np.where((id_map == 0) & np.isin(earlier, list(waiting)), earlier, id_map)
         if given is None:
             return id_map
-        # To the pixel as given, not as it comes back from the network's size.
         return np.where(given > 0, given, np.where(np.isin(id_map, given[given > 0]), 0, id_map))
 
 
 def _explain(error: Exception) -> Exception:
-    """What the visitor can do about a failure; errors of the program stay what they are."""
+    """What the visitor can do about a failure."""
     if isinstance(error, torch.OutOfMemoryError):
         return DemoError("The machine ran out of memory. Choose the quality Fast, or try again in some minutes.")
     if isinstance(error, OSError):

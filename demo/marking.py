@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+from PIL import Image
 from workspace import LIMITS, DemoError
 
 from hf_deformvos.video import read_mask
@@ -18,8 +19,8 @@ _OPAQUE = 127
 _SAME_COLOUR = 30.0
 _MIN_BOX = 4
 # GrabCut's time grows with the pixels; outlines get no better above this size.
-_GRABCUT_SIDE = 480
-_GRABCUT_ROUNDS = 4
+_GRABCUT_SIDE = 320
+_GRABCUT_ROUNDS = 3
 # What of a box an object fills at least; less is a failure of GrabCut.
 _MIN_FILL = 0.04
 # Parts smaller than this share of the largest one are specks.
@@ -83,10 +84,11 @@ def _layer_to_ids(layer: np.ndarray, colours: np.ndarray) -> np.ndarray:
     if not drawn.any():
         return ids
     # Few different colours: strokes are flat.
-    seen, place = np.unique(layer[drawn][:, :3], axis=0, return_inverse=True)
+    codes, place = np.unique(layer[drawn][:, :3] @ np.array([1 << 16, 1 << 8, 1]), return_inverse=True)
+    seen = np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=1)
     distances = np.linalg.norm(seen[:, None].astype(np.float32) - colours[None].astype(np.float32), axis=2)
-    nearest = (distances.argmin(axis=1) + 1).astype(np.uint8)[place.ravel()]
-    sure = (distances.min(axis=1) <= _SAME_COLOUR)[place.ravel()]
+    nearest = (distances.argmin(axis=1) + 1).astype(np.uint8)[place]
+    sure = (distances.min(axis=1) <= _SAME_COLOUR)[place]
     ids[drawn] = nearest
     if sure.all() or not sure.any():
         return ids
@@ -230,7 +232,7 @@ def mask_file_to_id_map(
     name = os.path.basename(path)
     try:
         ids = read_mask(path, size)
-    except ValueError as error:
+    except (ValueError, Image.DecompressionBombError) as error:
         text = str(error).replace(os.fspath(path), name)
         raise DemoError(text[:1].upper() + text[1:]) from error
     present = np.unique(ids[ids > 0])

@@ -43,6 +43,8 @@ _FORMATS = (
     "nut,mjpeg,yuv4mpegpipe,dv,rm"
 )
 _JPEG_QUALITY = 95
+# Seconds after which a workspace that nobody uses makes room for somebody else.
+_IDLE_WHEN_FULL = 300.0
 # Free space is looked at once in so many frames.
 _DISK_INTERVAL = 50
 _FALLBACK_FPS = 25.0
@@ -151,9 +153,9 @@ class FrameFolder(Sequence):
             frame_idx += self._num_frames
         if not 0 <= frame_idx < self._num_frames:
             raise IndexError(f"There is no frame {frame_idx} in a video of {self._num_frames} frames.")
-        picture = cv2.imread(str(self._folder / _frame_name(frame_idx)))
-        if picture is None:
-            raise DemoError("This video is no longer here. Upload it again.")
+        with _on_disk():
+            encoded = np.fromfile(self._folder / _frame_name(frame_idx), dtype=np.uint8)
+        picture = cv2.imdecode(encoded, cv2.IMREAD_COLOR)
         return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
 
 
@@ -166,7 +168,10 @@ class _Marks(Mapping):
     def __getitem__(self, frame_idx: int) -> np.ndarray:
         if frame_idx not in self._video.marked:
             raise KeyError(frame_idx)
-        return read_palette_png(self._video.marks_folder / mask_file_name(frame_idx))
+        try:
+            return read_palette_png(self._video.marks_folder / mask_file_name(frame_idx))
+        except FileNotFoundError as error:  # cleared since it was asked for
+            raise KeyError(frame_idx) from error
 
     def __iter__(self) -> Iterator[int]:
         return iter(sorted(self._video.marked))
@@ -219,6 +224,7 @@ class Workspace:
         self.stop = threading.Event()
         self.last_used = time.monotonic()
         self._lock = threading.Lock()
+        self._writing = threading.Lock()
         self._closed = False
         self._working_at = ""
         self._video: _Video | None = None
@@ -332,7 +338,7 @@ class Workspace:
             DemoError: if the file is no video, is damaged beyond use, exceeds a limit, the disk is full, or it was
                 stopped.
         """
-        name = name or Path(path).name
+        name = Path(name or path).name[-80:]
         with self.busy("reading a video"):
             self._num_imports += 1
             folder = self.folder / str(self._num_imports)
@@ -382,7 +388,7 @@ class Workspace:
         if not whole and not ids.any():
             self.clear_marks(frame_idx)
             return
-        with _on_disk():
+        with self._writing, _on_disk():
             write_palette_png(video.marks_folder / mask_file_name(frame_idx), ids, PALETTE)
         video.marked[frame_idx] = whole
         for obj_id in np.unique(ids[ids > 0]).tolist():
@@ -393,7 +399,7 @@ class Workspace:
 
     def is_whole(self, frame_idx: int) -> bool:
         """Whether a marked frame's map says all about it; see `set_marks`."""
-        return self._need_video().marked[frame_idx]
+        return self._need_video().marked.get(frame_idx, False)
 
     def clear_marks(self, frame_idx: int | None = None):
         """Forget the marks of one frame, or of all; results stay."""
@@ -424,13 +430,14 @@ class Workspace:
         """Keep a frame's result, `(height, width)` of ids; `DemoError` if it does not fit or the disk is full."""
         video = self._need_frame(frame_idx)
         ids = self._checked(id_map)
-        with _on_disk():
+        # A correction may come while a run writes the same frame.
+        with self._writing, _on_disk():
             write_palette_png(video.masks_folder / mask_file_name(frame_idx), ids)
-        areas = np.bincount(ids.ravel(), minlength=video.areas.shape[1])
-        for obj_id in np.flatnonzero(areas[1:]) + 1:
-            rows, columns = (np.flatnonzero((ids == obj_id).any(axis=axis)) for axis in (1, 0))
-            video.boxes[frame_idx, obj_id] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
-        video.areas[frame_idx] = areas
+            areas = np.bincount(ids.ravel(), minlength=video.areas.shape[1])
+            for obj_id in np.flatnonzero(areas[1:]) + 1:
+                rows, columns = (np.flatnonzero((ids == obj_id).any(axis=axis)) for axis in (1, 0))
+                video.boxes[frame_idx, obj_id] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+            video.areas[frame_idx] = areas
 
     def mask(self, frame_idx: int) -> np.ndarray | None:
         """A frame's result as uint8 ids, `None` where it was not followed yet."""
@@ -514,11 +521,15 @@ class Workspace:
             for frame_idx in done
         ]
 
-    def regions(self, frame_idx: int) -> dict[int, dict]:
-        """Of a followed frame, by object: `area` in pixels and `box` `[x0, y0, x1, y1]`, `None` where not seen."""
+    def regions(self, frame_idx: int, object_ids: Sequence[int] | None = None) -> dict[int, dict]:
+        """
+        Of a followed frame, by object (by default all): `area` in pixels, and `box` `[x0, y0, x1, y1]`, whose last
+        two are exclusive, `None` where the object is not seen.
+        """
         video = self._need_frame(frame_idx)
         areas, boxes = video.areas[frame_idx].tolist(), video.boxes[frame_idx].tolist()
-        return {i: {"area": areas[i], "box": boxes[i] if areas[i] else None} for i in self.object_ids}
+        ids = self.object_ids if object_ids is None else object_ids
+        return {i: {"area": areas[i], "box": boxes[i] if areas[i] else None} for i in ids}
 
 
 class _Import:
@@ -689,7 +700,8 @@ class Workspaces:
         Raises:
             DemoError: if there are as many as the machine can take.
         """
-        self.sweep()
+        if key not in self._open:
+            self.sweep(_IDLE_WHEN_FULL if len(self._open) >= self.limits.max_workspaces else None)
         with self._lock:
             workspace = self._open.get(key)
             if workspace is None or workspace.is_closed:
@@ -706,9 +718,10 @@ class Workspaces:
         if workspace is not None:
             workspace.close()
 
-    def sweep(self):
-        """Close what nobody has used for long; a run that goes on counts as use."""
-        oldest = time.monotonic() - self.limits.idle_seconds
+    def sweep(self, idle_seconds: float | None = None):
+        """Close what nobody has used for so long, by default as the limits say; a run that goes on counts as use."""
+        allowed = self.limits.idle_seconds
+        oldest = time.monotonic() - (allowed if idle_seconds is None else min(idle_seconds, allowed))
         with self._lock:
             idle = [key for key, space in self._open.items() if space.last_used < oldest and not space.is_busy]
             gone = [self._open.pop(key) for key in idle]

@@ -1,6 +1,7 @@
 """Measure the figures that the texts state, record where each comes from, and keep the texts true to the record.
 
     python scripts/update_numbers.py measure --data DIR    evaluate, write docs/numbers/*.json, then render
+    python scripts/update_numbers.py recount               count the recorded models' parameters anew, then render
     python scripts/update_numbers.py render                write the figures of the JSON files into the texts
     python scripts/update_numbers.py check                 exit 1 and say where texts, JSON files and weights disagree
 
@@ -26,6 +27,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import torch
 
 from hf_deformvos.publishing import cards, measurements
 from hf_deformvos.publishing.measurements import (
@@ -311,7 +314,42 @@ def check(root: Path = ROOT) -> list[str]:
             problems.append(f"docs/numbers/{name}.json was measured with {record['model']}, whose weights are missing")
         elif sha256_of(weights) != record["weights_sha256"]:
             problems.append(f"docs/numbers/{name}.json was measured with other weights than {record['model']} holds")
+        else:
+            problems += check_parameters(name, record, weights.with_name("training.json"))
     return problems
+
+
+def check_parameters(name: str, record: dict, training: Path) -> list[str]:
+    """A sentence where a record counts other parameters than the record of the training, which the cards state too."""
+    wanted = json.loads(training.read_text())["parameters"] if training.is_file() else None
+    counted = record["facts"]["num_parameters"]
+    if wanted in (None, counted):
+        return []
+    return [f"docs/numbers/{name}.json counts {counted} parameters, {training} {wanted}: `update_numbers.py recount`"]
+
+
+def recount(root: Path = ROOT) -> list[Path]:
+    """
+    Count the parameters of the recorded models as their checkpoints hold them; the records that changed.
+
+    A record may be older than the rule: evaluation runs a model whose batch norms are folded, and once counted what is
+    left of them. The count follows from the configuration alone, so scores and times stay as they were measured.
+    """
+    from hf_deformvos import DeformVosConfig, DeformVosModel
+    from hf_deformvos.evaluation.runner import count_parameters
+
+    changed = []
+    for name, record in load_records(root).items():
+        if "facts" not in record:
+            continue
+        with torch.device("meta"):  # shapes alone, no weights
+            model = DeformVosModel(DeformVosConfig.from_pretrained(root / record["model"]))
+        count = count_parameters(model)
+        if count != record["facts"]["num_parameters"]:
+            record["facts"]["num_parameters"] = count
+            changed.append(root / "docs" / "numbers" / f"{name}.json")
+            changed[-1].write_text(json.dumps(record, indent=2) + "\n")
+    return changed
 
 
 def check_figures(record: dict, root: Path) -> list[str]:
@@ -368,7 +406,7 @@ def as_record(report: dict, model: str, weights: Path, command: str) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line and run one of the three commands; the exit code."""
+    """Parse the command line and run one of the commands; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     measuring = commands.add_parser("measure", help="evaluate, record and render")
@@ -376,6 +414,7 @@ def main(arguments: list[str] | None = None) -> int:
     measuring.add_argument("--model", default="hub_cards/deformvos-student", help="folder with the weights, in here")
     measuring.add_argument("--budget", action="store_true", help="measure what the architecture costs, too")
     measuring.add_argument("extra", nargs="*", help="after --, further options of `deformvos evaluate`")
+    commands.add_parser("recount", help="count the parameters of the recorded models anew, and render")
     commands.add_parser("render", help="write the recorded figures into the texts")
     commands.add_parser("check", help="compare texts, records and weights")
     options = parser.parse_args(arguments)
@@ -389,6 +428,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"Wrote {written.relative_to(ROOT)}")
             if options.budget:
                 measure_budget()
+        if options.command == "recount":
+            for path in recount():
+                print(f"Counted anew: {path.relative_to(ROOT)}")
         for path in render():
             print(f"Updated {path.relative_to(ROOT)}")
         return 0

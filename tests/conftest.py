@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from demo_server import demo_server  # noqa: F401  fixture
 from hub_server import hub, hub_datasets  # noqa: F401  fixtures
 
 

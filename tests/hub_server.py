@@ -230,6 +230,17 @@ def sha256_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def is_ref_name(name: str) -> bool:
+    """Whether git takes a name for a branch or tag: the rules of `git check-ref-format`."""
+    parts = name.split("/")
+    return (
+        all(part and not part.startswith(".") and not part.endswith(".lock") for part in parts)
+        and not re.search(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|\.$", name)
+        and not name.startswith("-")
+        and name not in ("@", "HEAD")
+    )
+
+
 def flipped(data: bytes, at: int | None = None) -> bytes:
     """The same bytes but for one, by default the middle one."""
     at = len(data) // 2 if at is None else at
@@ -708,6 +719,8 @@ class Hub:
     def _create_tag(self, request: Request, kind: str, id: str, name: str) -> Reply:
         repo = self._repo(request, kind, id, write=True)
         sha, tag = repo.at(name).id, request.json()["tag"]
+        if not is_ref_name(tag):
+            raise Refusal(400, f"Invalid tag name: {tag}")
         if tag in repo.tags:
             raise Refusal(409, f"Tag reference exists already: {tag}")
         repo.tags[tag] = sha
@@ -721,6 +734,8 @@ class Hub:
 
     def _create_branch(self, request: Request, kind: str, id: str, name: str) -> Reply:
         repo = self._repo(request, kind, id, write=True)
+        if not is_ref_name(name):
+            raise Refusal(400, f"Invalid branch name: {name}")
         if name in repo.branches:
             raise Refusal(409, f"Reference already exists: {name}")
         repo.branches[name] = repo.at(request.json().get("startingPoint", "main")).id

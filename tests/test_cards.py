@@ -1,7 +1,9 @@
 """Model cards: what the Hub reads of them, that they state what was recorded, and that their examples run."""
 
+import ast
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,10 +15,14 @@ import yaml
 from conftest import ROOT
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from packaging.requirements import Requirement
+from test_repository import load_script
 
 from hf_deformvos.publishing import cards
-from hf_deformvos.publishing.measurements import find_records
-from hf_deformvos.publishing.publish import default_records, publish_release
+from hf_deformvos.publishing import publish as publish_module
+from hf_deformvos.publishing.collect import collect_release
+from hf_deformvos.publishing.measurements import find_records, sha256_of
+from hf_deformvos.publishing.publish import default_records, publish_release, scores_note
 from hf_deformvos.video import H264Writer, VideoReader, read_palette_png, write_palette_png
 
 
@@ -58,7 +64,7 @@ def test_metadata_is_what_the_hub_reads(student_dir):
     data = card.data.to_dict()
     assert data["library_name"] == "transformers" and data["pipeline_tag"] == "mask-generation"
     assert data["license"] == "cc-by-nc-4.0" and "video-object-segmentation" in data["tags"]
-    assert "davis2016-train" in data["datasets"] and "base_model" not in data
+    assert "datasets" not in data and "base_model" not in data, "none of them is on the Hub"
     name, results = model_index_to_eval_results(yaml.safe_load(card.content.split("---")[1])["model-index"])
     (record,) = records_of(student_dir).values()
     assert name == "deformvos-student" and [result.metric_type for result in results] == ["j-and-f", "j", "f"]
@@ -66,7 +72,8 @@ def test_metadata_is_what_the_hub_reads(student_dir):
         results, (record["totals"]["J&F"], *(record["totals"][key]["mean"] for key in "JF")), strict=True
     ):
         assert result.metric_value == pytest.approx(value, abs=5e-5)
-        assert result.metric_args["command"] == record["command"] and result.dataset_split == "val"
+        assert f" --model {REPO} --dataset davis2016 " in result.metric_args["command"]
+        assert result.dataset_split == "val"
 
 
 @pytest.mark.weights
@@ -78,6 +85,108 @@ def test_a_published_card_is_plain_text(student_dir):
         assert needed in text
     picture = re.search(r"!\[.+\]\((.+)\)", text)[1]
     assert (student_dir / picture).is_file()
+
+
+@pytest.mark.weights
+def test_the_command_of_a_published_score_can_be_followed(student):
+    text = cards.publishable_card(student, records_of(student), REPO)
+    assert (
+        f"`deformvos evaluate --model {REPO} --dataset davis2016 --split val --threads 2 --root davis2016-val`" in text
+    )
+    assert "[DAVIS 2016](https://davischallenge.org/davis2016/code.html); `--root` names the folder" in text
+    assert "on no package index yet" in text and "hub_cards" not in text and "docs/" not in text
+    ((name, record),) = records_of(student).items()
+    words = "--model=/data/ann/m --root /data/ann/my-davis --json '/data/ann/a b.json' --save-masks masks --resume"
+    private = {**record, "command": f"deformvos evaluate {words} --threads 2"}
+    text = cards.render_card(student, {name: private}, REPO)
+    assert f"`deformvos evaluate --model {REPO} --root my-davis --threads 2`" in text and "/data/ann" not in text
+    streamed = {
+        **record,
+        "dataset": {**record["dataset"], "name": "folder"},
+        "command": "deformvos evaluate --model m",
+    }
+    text = cards.render_card(student, {name: streamed}, REPO)
+    assert "--root" not in text and "davischallenge" not in text and "comes with the package" in text
+
+
+@pytest.mark.weights
+def test_what_a_published_card_installs_is_what_its_code_imports(student):
+    text = cards.publishable_card(student, {}, REPO)
+    installed = [Requirement(word) for word in shlex.split(re.search(r"^pip install (.+)$", text, re.MULTILINE)[1])]
+    project = (ROOT / "pyproject.toml").read_text().split("dependencies = [")[1].split("\n]")[0]
+    bounds = [Requirement(text) for text in re.findall(r'^ *"([^"]+)"', project, re.MULTILINE)]
+    known = {bound.name: bound.specifier for bound in bounds}
+    assert {need.name: need.specifier for need in installed} == {need.name: known[need.name] for need in installed}
+    # These come with torch and transformers.
+    names = {need.name for need in installed} | {"numpy", "huggingface_hub", "safetensors", "tqdm"}
+    modules = {{"PIL": "pillow"}.get(module, module) for module in imports_of_code()}
+    assert modules - set(sys.stdlib_module_names) <= names and "pillow" in modules
+
+
+def imports_of_code():
+    """The packages that the modelling files, which are published, import."""
+    found = set()
+    for path in (ROOT / "hf_deformvos").glob("*_deformvos.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found.add(node.module.split(".")[0])
+    return found
+
+
+@as_ids(FOLDERS)
+def test_a_card_counts_parameters_once(folder):
+    parameters = json.loads((folder / "training.json").read_text())["parameters"]
+    assert [record["facts"]["num_parameters"] for record in records_of(folder).values()] == [parameters]
+    counts = re.findall(r"\b(\d+\.\d\d) M\b", (folder / "README.md").read_text())
+    assert set(counts) == {f"{parameters / 1e6:.2f}"} and len(counts) == 2
+
+
+@as_ids(FOLDERS)
+def test_parameters_are_counted_anew_in_old_records(folder, tmp_path):
+    numbers = load_script("update_numbers")
+    (tmp_path / "docs" / "numbers").mkdir(parents=True)
+    (tmp_path / "hub_cards").mkdir()
+    (tmp_path / "hub_cards" / folder.name).symlink_to(folder)
+    ((name, record),) = records_of(folder).items()
+    path = tmp_path / "docs" / "numbers" / f"{name}.json"
+    path.write_text(json.dumps({**record, "facts": {**record["facts"], "num_parameters": 5}}))
+    assert "counts 5 parameters" in "".join(numbers.check(tmp_path))
+    assert numbers.recount(tmp_path) == [path] and json.loads(path.read_text()) == record
+    assert numbers.recount(tmp_path) == [] and "counts" not in "".join(numbers.check(tmp_path))
+
+
+@as_ids(FOLDERS)
+def test_the_record_of_the_training_names_its_weights(folder, tmp_path):
+    facts = json.loads((folder / "training.json").read_text())
+    assert facts["weights_sha256"] == sha256_of(folder / "model.safetensors")
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    collect_release(copy)
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-100] ^= 0xFF
+    (copy / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match=r"record of other weights \(sha256 .* damaged or was replaced"):
+        collect_release(copy)
+
+
+@pytest.mark.weights
+def test_a_copy_elsewhere_has_its_scores(student, tmp_path, monkeypatch):
+    places = default_records(student)
+    assert places == [ROOT / "docs" / "numbers"]
+    card = cards.publishable_card(student, find_records(places, student / "model.safetensors"), REPO)
+    assert cards.has_scores(card) and scores_note(student, places, card) == []
+    # Of a package that is installed, no records are at hand.
+    monkeypatch.setattr(publish_module, "__file__", str(tmp_path / "site-packages" / "a" / "b" / "publish.py"))
+    assert default_records(student) == []
+    card = cards.publishable_card(student, {}, REPO)
+    (note,) = scores_note(student, [], card)
+    assert "(sha256 72a2dc24c9ec...)" in note and "the card has no scores" in note and "--numbers FILE" in note
+    (note,) = scores_note(student, [tmp_path], card)
+    assert f"was found in {tmp_path}:" in note
+    # A card by hand is not expected to have any.
+    (student / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    assert scores_note(student, [], "") == []
 
 
 @pytest.mark.weights

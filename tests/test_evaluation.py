@@ -528,6 +528,8 @@ def test_real_model_runs_through_the_public_interface(tmp_path, tiny_model, tiny
     assert result.results[0].timing.network_size[0] == 33
     assert len(result.weights_sha256) == 64
     assert result.facts.macs > result.facts.num_parameters > 1000
+    # The model that runs is folded; what is stated is what the checkpoint holds.
+    assert result.facts.num_parameters == sum(parameter.numel() for parameter in tiny_model.parameters())
     changed = RunnerConfig(
         str(tmp_path / "model"), device="cpu", overrides={"use_offsets": False, "long_term_slots": 1}
     )

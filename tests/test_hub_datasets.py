@@ -325,6 +325,8 @@ def test_a_folder_is_written_and_scored(tmp_path, davis, fake_model, capsys):
     assert push(davis, "--output", tmp_path / "set", "--overwrite", "--split", "val") == 0
     assert [path.name for path in (tmp_path / "set" / "data").iterdir()] == ["val-00000-of-00001.parquet"]
     assert "states no terms" in capsys.readouterr().err
+    assert push(davis, "--output", tmp_path / "set", "--overwrite", "--license-note", "Ask Ann.") == 0
+    assert "license: other" in (tmp_path / "set" / "README.md").read_text() and not capsys.readouterr().err
     assert "is not empty" in error_of(capsys, "push-dataset", davis, "--output", tmp_path / "set")
     (tmp_path / "set" / "README.md").write_text("mine\n")
     assert "--force" in error_of(capsys, "push-dataset", davis, "--output", tmp_path / "set", "--overwrite")
@@ -405,6 +407,18 @@ def test_mistakes_of_evaluating_are_one_line(tmp_path, davis, fake_model, capsys
 # --- The Hub ---------------------------------------------------------------------------------------------------------
 
 
+def test_missing_terms_are_told_before_the_commit(davis, hub, capsys, monkeypatch):
+    from hf_deformvos.publishing import dataset
+
+    told = []
+    genuine = dataset.publish_dataset
+    monkeypatch.setattr(
+        dataset, "publish_dataset", lambda *words: told.append(capsys.readouterr().err) or genuine(*words)
+    )
+    assert push(davis, "--repo", REPO) == 0
+    assert "states no terms" in told[0] and "states no terms" not in capsys.readouterr().err
+
+
 def test_push_once_and_again(tmp_path, davis, hub, capsys):
     assert push(davis, "--repo", REPO, "--dry-run") == 0
     assert "one commit would be made; nothing was sent" in capsys.readouterr().out and not hub.repos
@@ -422,8 +436,9 @@ def test_push_once_and_again(tmp_path, davis, hub, capsys):
     # Other shards replace those that are there; a split is not lost unasked.
     assert push(davis, "--repo", REPO, "--shard-size", "20kB") == 0
     assert "data/val-00000-of-00001.parquet" not in repo.at("main").files and len(repo.commits) == len(before) + 1
-    assert "has the split 'train'" in error_of(capsys, "push-dataset", davis, "--repo", REPO, "--split", "val")
-    assert "has the split" in error_of(capsys, "push-dataset", davis, "--repo", REPO, "--split", "val", "--dry-run")
+    words = ("push-dataset", davis, "--repo", REPO, "--license", "cc-by-4.0", "--split", "val")
+    assert "has the split 'train'" in error_of(capsys, *words)
+    assert "has the split" in error_of(capsys, *words, "--dry-run")
     assert push(davis, "--repo", REPO, "--split", "val", "--force") == 0
     assert not [name for name in repo.at("main").files if name.startswith("data/train")]
 
@@ -446,7 +461,7 @@ def test_passing_faults_do_not_show(davis, hub, monkeypatch, fault, match, optio
 
 def test_lasting_faults_are_one_line_and_leave_nothing(davis, hub, monkeypatch, capsys):
     hub.inject("status", r"^POST /api/.*/commit/", status=403)
-    assert "(403)" in error_of(capsys, "push-dataset", davis, "--repo", REPO)
+    assert "(403)" in error_of(capsys, "push-dataset", davis, "--repo", REPO, "--license", "cc-by-4.0")
     assert list(hub.repos[f"datasets/{REPO}"].at("main").files) == [".gitattributes"]
     monkeypatch.delenv("HF_TOKEN")
     seen = len(hub.requests)

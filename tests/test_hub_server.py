@@ -145,6 +145,10 @@ def test_revisions(filled):
     api.create_tag(REPO, tag="v1.0", exist_ok=True)
     api.delete_tag(REPO, tag="v1.0")
     api.delete_branch(REPO, branch="feature/x")
+    for name in ("bad branch", "a..b", ".a", "a.lock"):
+        for create in (api.create_branch, api.create_tag):
+            with pytest.raises(HfHubHTTPError, match="Invalid"):
+                create(REPO, **{create.__name__.removeprefix("create_"): name})
     with pytest.raises(RevisionNotFoundError):
         api.hf_hub_download(REPO, "config.json", revision="v1.0", force_download=True)
     with pytest.raises(RevisionNotFoundError):

@@ -2,14 +2,19 @@
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import zipfile
 from types import SimpleNamespace
 
+import hub_server
 import numpy as np
 import pytest
 from conftest import ROOT
+from hub_server import is_ref_name
+from huggingface_hub import constants
 from safetensors.numpy import save_file
 from synthetic import write_static_set
 
@@ -18,8 +23,10 @@ from hf_deformvos.cli import main
 from hf_deformvos.publishing import cards
 from hf_deformvos.publishing import hub as publishing_hub
 from hf_deformvos.publishing import publish as publish_module
+from hf_deformvos.publishing import space as publishing_space
 from hf_deformvos.publishing.collect import collect_release, collect_space
 from hf_deformvos.publishing.hub import PublishError, Target, Upload, publish_files, redact
+from hf_deformvos.publishing.measurements import sha256_of
 from hf_deformvos.publishing.publish import publish_release
 from hf_deformvos.publishing.release import data_names, release_run
 from hf_deformvos.publishing.space import build_wheel, read_settings, stage_space
@@ -232,6 +239,7 @@ def test_a_release_that_computes_something_else_is_not_published(release, hub, m
         (["publish", ".", "--repo", "name"], "named org/name"),
         (["publish", ".", "--repo", "a/b/c"], "named org/name"),
         (["publish", ".", "--repo", REPO, "--revision", "0" * 40], "must be a branch"),
+        (["publish", ".", "--repo", REPO, "--revision", "bad branch"], "named as git allows"),
         (["publish", ".", "--repo", REPO, "--token-file", "nowhere"], "no such file"),
         (["publish-space", "no-such-folder", "--repo", REPO], "no folder"),
     ],
@@ -241,6 +249,115 @@ def test_mistakes_are_one_line(arguments, message, capsys, tmp_path, monkeypatch
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and error.startswith("error: ")
+
+
+BRANCHES = "main v1.0 feature/x a./b a@b dev_2 ä"
+NO_BRANCHES = "|bad branch|a..b|.a|a/.b|a.lock|a.lock/b|a.|a/|/a|a//b|-a|a~b|a^b|a:b|a?b|a*b|a[b|a\\b|a@{b|HEAD|a\tb"
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [(name, True) for name in BRANCHES.split()] + [(name, False) for name in NO_BRANCHES.split("|")],
+)
+def test_branches_are_named_as_git_allows(name, allowed):
+    if shutil.which("git"):
+        result = subprocess.run(["git", "check-ref-format", "--branch", name], capture_output=True)
+        assert (result.returncode == 0) == allowed
+    assert is_ref_name(name) == allowed
+    if allowed:
+        assert Target(REPO, revision=name).revision == name
+    else:
+        with pytest.raises(PublishError, match="must be a branch to publish to"):
+            Target(REPO, revision=name)
+
+
+@pytest.fixture
+def no_check(monkeypatch):
+    """The load check, which takes long, is left out; how often it was asked for."""
+    calls = []
+    monkeypatch.setattr(publish_module, "check_release", lambda staged, original: calls.append(staged))
+    return calls
+
+
+def test_a_token_is_tried_before_the_work(release, hub, no_check, space, waits, monkeypatch, capsys):
+    commands = (["publish", str(release), "--repo", REPO], ["publish-space", str(space), "--repo", "org/demo"])
+    monkeypatch.setattr(publish_module, "stage_release", pytest.fail)
+    monkeypatch.setattr(publishing_space, "stage_space", pytest.fail)
+    for command in commands:
+        monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 34)
+        assert main(command) == 2
+        assert "does not accept the token (401)" in capsys.readouterr().err
+        monkeypatch.delenv("HF_TOKEN")
+        assert main(command) == 2
+        assert "needs a token" in capsys.readouterr().err
+    assert not no_check and not hub.repos
+
+
+def test_a_card_without_scores_says_so(release, hub, waits, no_check, capsys):
+    sha256 = sha256_of(release / "model.safetensors")
+    for options in (["--dry-run"], []):
+        assert main(["publish", str(release), "--repo", REPO, *options]) == 0
+        output = capsys.readouterr().out
+        assert f"note: no measurement of these weights (sha256 {sha256[:12]}...) was found in " in output
+        assert "docs/numbers: the card has no scores" in output
+
+
+# What a dry run finds out
+
+
+def test_a_dry_run_is_refused_what_would_be_refused(files, hub, waits):
+    publish(files())
+    for options in ({"dry_run": True}, {}):
+        with pytest.raises(PublishError, match="is public and --private was asked for"):
+            publish(files(more="x"), Target(REPO, private=True), **options)
+    hub.repos["spaces/org/demo"] = hub_server.Repo("spaces", "org/demo", private=True)
+    hub.repos["spaces/org/demo"].add_commit("main", "first", "", {})
+    with pytest.raises(PublishError, match="a private Space cannot fetch the wheel"):
+        publish(files(), Target("org/demo", repo_type="space", must_be_public=True), dry_run=True)
+    edited = hub.read(REPO, "README.md").replace(b"text", b"better text")
+    hub.api().upload_file(path_or_fileobj=edited, path_in_repo="README.md", repo_id=REPO)
+    new = files(**{"README.md": cards.seal("---\nlicense: mit\n---\nnew text\n")})
+    # A branch that is missing would be made from main, with the card that was edited there.
+    for target in (Target(REPO), Target(REPO, revision="v2")):
+        with pytest.raises(PublishError, match="was edited on the Hub"):
+            publish(new, target, dry_run=True)
+    plan = publish(new, Target(REPO, revision="v2"), dry_run=True, force=True).plan
+    assert [upload.name for upload in plan.changed] == ["README.md"] and "made from main" in plan.notes[-1]
+    assert set(hub.repos[REPO].branches) == {"main"}
+    with pytest.raises(PublishError, match="does not accept the token"):
+        publish(new, dry_run=True, token="hf_" + "x" * 34)
+
+
+def test_scores_are_not_lost_unasked(files, hub, waits):
+    scores = "model-index:\n- name: tiny\n  results: []\n"
+    publish(files(**{"README.md": cards.seal(f"---\nlicense: mit\n{scores}---\ntext\n")}))
+    new = files()
+    for options in ({"dry_run": True}, {}):
+        with pytest.raises(PublishError, match=r"has scores, and the new one has none; nothing .* --numbers FILE"):
+            publish(new, **options)
+    assert b"model-index" in hub.read(REPO, "README.md")
+    result = publish(new, force=True)
+    assert "has scores" in result.plan.notes[0] and b"model-index" not in hub.read(REPO, "README.md")
+    assert not cards.has_scores("text\n---\nmodel-index:\n---\n")
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(release, hub, waits, no_check, monkeypatch, capsys):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and does not listen
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        assert main(["publish", str(release), "--repo", REPO, "--dry-run"]) == 0
+        output = capsys.readouterr().out
+        assert "note: the Hub could not be asked what it has, so every file is listed as new: the Hub at" in output
+        assert "failed" not in output and "what would change is not known; nothing was sent" in output and not waits
+        assert main(["publish", str(release), "--repo", REPO]) == 2
+        assert "cannot be reached" in capsys.readouterr().err and len(waits) == 3 and len(no_check) == 1
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(publishing_hub, "_FIRST_ANSWER", 0.2)
+        plan = publish_release(release, REPO, dry_run=True).plan
+        assert not plan.is_known and "no answer within 0.2 s" in plan.notes[0]
+        with pytest.raises(PublishError, match=r"nothing was published: .* no answer within 0\.2 s"):
+            publish_release(release, REPO)
 
 
 # The commit
@@ -449,6 +566,7 @@ def test_a_run_becomes_a_release(tmp_path, tiny_model, tiny_processor):
     (run / "all_results.json").write_text(json.dumps(results))
     facts = release_run(run, tmp_path / "out", short_side=96, memory_interval=5)
     assert facts == json.loads((tmp_path / "out" / "training.json").read_text())
+    assert facts["weights_sha256"] == sha256_of(tmp_path / "out" / "model.safetensors")
     assert facts["data"][0] == "davis2016-train" and str(tmp_path) not in json.dumps(facts)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["memory_interval"] == 5
     assert len(collect_release(tmp_path / "out")) == 4
@@ -523,8 +641,6 @@ def test_a_space_runs_outside_the_checkout(space, hub, waits, tmp_path, capsys):
 
 
 def test_an_old_wheel_goes(space, hub, waits, monkeypatch):
-    from hf_deformvos.publishing import space as publishing_space
-
     def wheel(destination):
         path = destination / "hf_deformvos-0.2.0-py3-none-any.whl"
         path.write_bytes(b"wheel")

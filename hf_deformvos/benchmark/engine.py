@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
+from ..evaluation.runner import count_parameters
 from ..inference import load_for_inference, resolve_device, size_option
 from .clock import StageClock
 
@@ -77,7 +78,7 @@ class Engine:
         self.processor = processor
         self.device = resolve_device("cpu" if config.backend == "onnx" else config.device)
         self._size = size_option(processor, config.short_side)
-        self.num_parameters = model.num_parameters()
+        self.num_parameters = count_parameters(model)
 
     @property
     def num_warmup_frames(self) -> int:

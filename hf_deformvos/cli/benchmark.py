@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .score import at_least
+from .speed import PRESET_NAMES
 
 
 # The names are repeated here so that the help appears without torch being imported.
@@ -30,7 +31,12 @@ def add_parser(subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", metavar="DIR_OR_REPO", help="folder or Hub repository (default: the student)")
-    parser.add_argument("--preset", metavar="NAME", help="accurate, standard or fast: precision and size at once")
+    parser.add_argument(
+        "--preset",
+        choices=PRESET_NAMES,
+        default="accurate",
+        help="precision and size at once, as in `segment` (default accurate)",
+    )
     parser.add_argument(
         "--sizes", metavar="HxW[,HxW]", type=_sizes, default=[(480, 854)], help="frames (default 480x854)"
     )
@@ -184,18 +190,19 @@ def _say(line: str) -> None:
 def engine_config(arguments: argparse.Namespace):
     """What the arguments ask for, and the preset's name."""
     from ..benchmark.engine import EngineConfig
-    from ..benchmark.presets import resolve_preset
+    from ..inference import PRESETS, resolve_device
     from .segment import default_model
 
-    preset = resolve_preset(arguments.preset, arguments.device) if arguments.preset else {}
+    preset = PRESETS[arguments.preset]
+    dtype = arguments.dtype or preset.resolve_dtype(resolve_device(arguments.device))
     config = EngineConfig(
         model=arguments.model or default_model(),
         backend=arguments.backend,
         # Graphs that were exported keep their precision.
-        dtype=arguments.dtype or (None if arguments.backend == "onnx" else preset.get("dtype")),
+        dtype=arguments.dtype if arguments.backend == "onnx" else dtype,
         device=arguments.device,
         threads=arguments.threads,
-        short_side=arguments.short_side or preset.get("short_side"),
+        short_side=arguments.short_side or preset.short_side,
     )
     return config, arguments.preset
 

@@ -101,14 +101,14 @@ def run(arguments: argparse.Namespace) -> int:
         (folder / "README.md").write_text(card, encoding="utf-8")
         lines = [_describe(split, counts) for split, counts in exported.splits.items()]
         print("\n".join(lines))
+        if arguments.license is None and arguments.license_note is None:
+            print("warning: the card states no terms of use; --license and --license-note do", file=sys.stderr)
         if target is not None:
             text = "\n".join(lines)
             result = publish_dataset(folder, target, text, token, arguments.force, arguments.dry_run)
             report(result, arguments.dry_run)
     if arguments.output is not None:
         print(f"dry run: {arguments.output} was not written" if arguments.dry_run else f"wrote {arguments.output}")
-    if arguments.license is None and arguments.license_note is None:
-        print("warning: the card states no terms of use; --license and --license-note do", file=sys.stderr)
     return 0
 
 

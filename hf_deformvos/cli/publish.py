@@ -8,7 +8,7 @@ _MODEL = """\
 Publish a release folder on the Hub: its card rendered from the record of its training and from measurements, weights,
 configurations, the licence, and the code that lets it load with trust_remote_code. The release is first loaded in a
 clean process and compared. It is one commit or none; nothing is committed if the repository holds all of it already;
-a card that was edited on the Hub is not overwritten."""
+a card that was edited on the Hub, or has scores where the new one has none, is not overwritten."""
 _SPACE = """\
 Publish a demo's folder as a Space: its files, a wheel of this package built from the checkout, and a requirements.txt
 that installs it. One commit or none, as with `deformvos publish`."""
@@ -31,7 +31,8 @@ def add_parser(subparsers) -> None:
         action="append",
         metavar="PATH",
         help="measurements for the card: a report of `deformvos evaluate --json`, a record, or a folder of them; may "
-        "be repeated. Only those of these very weights count (default: docs/numbers of the repository around FOLDER)",
+        "be repeated. Only those of these very weights count (default: docs/numbers of the repository around FOLDER, "
+        "and of the checkout that this command runs from)",
     )
     model.set_defaults(run=run_publish)
     space = subparsers.add_parser(
@@ -44,7 +45,8 @@ def add_parser(subparsers) -> None:
     space.set_defaults(run=run_publish_space)
     for parser in (model, space):
         parser.add_argument("--repo", required=True, metavar="ORG/NAME", help="the repository, made if missing")
-        add_hub_arguments(parser)
+    add_hub_arguments(model, "overwrite a README.md that was edited on the Hub, or whose scores the new one has not")
+    add_hub_arguments(space)
 
 
 def add_hub_arguments(
@@ -115,6 +117,7 @@ def report(result, dry_run: bool) -> int:
     total = format_size(sum(upload.size for _, upload in rows))
     if dry_run:
         change = "nothing would change" if plan.is_empty else "one commit would be made"
+        change = change if plan.is_known else "what would change is not known"
         print(f"dry run: {len(rows)} files, {total}, to {result.url}: {change}; nothing was sent")
     elif result.committed:
         print(f"published {len(rows)} files, {total}, to {result.url}: commit {result.commit[:12]}, compared")

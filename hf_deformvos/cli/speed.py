@@ -6,8 +6,8 @@ from .score import at_least
 
 
 # The names are repeated here so that the help appears without torch being imported.
-_PRESETS = ("accurate", "standard", "fast")
-_DTYPES = ("float32", "bfloat16", "float16")
+PRESET_NAMES = ("accurate", "standard", "fast")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,12 +15,12 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (default: the fastest present)")
     parser.add_argument(
         "--preset",
-        choices=_PRESETS,
+        choices=PRESET_NAMES,
         default="accurate",
         help="accurate: float32 (default); standard: the precision in which the device is fastest; fast: smaller "
         "frames too",
     )
-    parser.add_argument("--dtype", choices=_DTYPES, help="precision of the network (default: the preset's)")
+    parser.add_argument("--dtype", choices=DTYPES, help="precision of the network (default: the preset's)")
     parser.add_argument(
         "--short-side",
         metavar="N",
@@ -43,4 +43,4 @@ def resolve_speed(arguments: argparse.Namespace) -> None:
     arguments.short_side = arguments.short_side or preset.short_side
 
 
-__all__ = ["add_speed_arguments", "resolve_speed"]
+__all__ = ["DTYPES", "PRESET_NAMES", "add_speed_arguments", "resolve_speed"]

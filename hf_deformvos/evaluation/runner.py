@@ -106,7 +106,7 @@ class ModelFacts:
     Size of the model.
 
     Attributes:
-        num_parameters (`int`): All parameters.
+        num_parameters (`int`): All parameters, see [`count_parameters`].
         macs (`int`, *optional*): Multiply-accumulates of one step, that of the last frame of the first sequence.
         macs_network_size (`tuple[int, int]`, *optional*): Height and width of the network's input in that step.
         macs_num_objects (`int`, *optional*): Objects followed in that step.
@@ -146,6 +146,14 @@ class EvaluationRun:
         return max(known, key=lambda facts: facts.macs is not None, default=None)
 
 
+def count_parameters(model) -> int:
+    """The parameters of a model as its checkpoint holds them: folding takes those of the batch norms away."""
+    if getattr(getattr(model, "backbone", None), "is_folded", False):
+        with torch.device("meta"):
+            model = type(model)(model.config)
+    return model.num_parameters()
+
+
 class SequenceRunner:
     """
     Streams sequences through a model and its processor.
@@ -174,6 +182,7 @@ class SequenceRunner:
         self.dtype = dtype
         self.size = size_option(processor, short_side)
         self.save_masks = save_masks
+        self.num_parameters = count_parameters(model)
 
     def run(self, sequence: EvaluationSequence, count_macs: bool = False) -> SequenceResult:
         """
@@ -324,7 +333,7 @@ class SequenceStream:
 
     def result(self, score: SequenceScore, num_objects: int) -> SequenceResult:
         """Everything about the sequence, which has `num_objects` objects."""
-        num_parameters = self.runner.model.num_parameters()
+        num_parameters = self.runner.num_parameters
         facts = ModelFacts(num_parameters)
         if self.macs is not None:
             facts = ModelFacts(num_parameters, self.macs, self.network_size, num_objects)
@@ -576,6 +585,7 @@ __all__ = [
     "SequenceStream",
     "StreamFrame",
     "StreamTiming",
+    "count_parameters",
     "describe_hardware",
     "describe_versions",
     "evaluate",

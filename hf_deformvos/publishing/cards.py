@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -26,8 +27,13 @@ _TITLES = {
     "youtubevos2018": "YouTube-VOS 2018",
     "youtubevos2019": "YouTube-VOS 2019",
 }
+# What the code that comes with weights imports, as pyproject.toml bounds it.
+_INSTALL = '"torch>=2.6" "transformers>=5.20,<6" "av>=17" "pillow>=10.3"'
 _TAGS = ["video-object-segmentation", "deformable-attention", "deformvos"]
 _PICTURES = ("picture.jpg", "picture.png")
+# `--option=value` is two words as `--option value` is.
+_OPTION = re.compile(r"(--[\w-]+(?==)|.*)(?:=(.*))?", re.DOTALL)
+_PRIVATE_OPTIONS = ("--json", "--save-masks")  # files that a run wrote, by their places
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SOURCES = {"labels": "labels", "pseudo": "the teacher's masks", "both": "labels and the teacher's masks"}
 _PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}
@@ -51,6 +57,12 @@ def is_unedited(text: str) -> bool:
     text = text.replace("\r\n", "\n")
     match = _SEAL.search(text)
     return match is not None and match[1] == _checksum(text[: match.start()].rstrip("\n") + "\n")
+
+
+def has_scores(text: str) -> bool:
+    """Whether a card's metadata has a `model-index`."""
+    metadata = re.match(r"\s*---\r?\n(.*?)^---\s*$", text, re.DOTALL | re.MULTILINE)
+    return metadata is not None and re.search(r"^model-index:", metadata[1], re.MULTILINE) is not None
 
 
 def _checksum(body: str) -> str:
@@ -88,6 +100,8 @@ def render_card(folder: str | Path, records: dict[str, dict], repo_id: str | Non
     provenance = json.loads((TEMPLATES / "provenance.json").read_text())
     benchmarks = measurements.own_benchmarks(folder / "model.safetensors", records)
     records = _own_records(folder, records)
+    if repo_id:
+        records = {name: _as_published(record, repo_id) for name, record in records.items()}
     template = template_environment().get_template("model_card.md.jinja")
     try:
         context = _context(facts, config, provenance, folder, records, repo_id)
@@ -125,11 +139,12 @@ def _context(facts: dict, config: dict, provenance: dict, folder: Path, records:
         "kind": backbone.get("kind", ""),
         "picture": next((picture for picture in _PICTURES if (folder / picture).is_file()), None),
         "published": repo_id is not None,
+        "install": _INSTALL,
         "model": repo_id or f"hub_cards/{name}",
         "video": "video.mp4" if repo_id else "examples/bunny.mp4",
         "mask": "first_mask.png" if repo_id else "examples/bunny_mask.png",
         "parameters": f"{facts['parameters'] / 1e6:.2f}",
-        "scores": [_score(name, record, repo_id is None) for name, record in sorted(records.items())],
+        "scores": [_score(name, record, provenance, repo_id is None) for name, record in sorted(records.items())],
         "clips": f"{sum(run['clips'] for run in runs):,}",
         "minutes": f"{sum(run['minutes'] for run in runs):.0f}",
         "precision": _PRECISIONS[own["mixed_precision"]],
@@ -157,8 +172,8 @@ def _metadata(facts: dict, provenance: dict, data: list[str], records: dict, nam
         license="cc-by-nc-4.0" if known else "other",
         **other,
         tags=_TAGS + (["knowledge-distillation"] if teacher else []),
-        datasets=data or None,
-        # Only a Hub repository can be named there; other origins are in the table of runs.
+        # Only Hub repositories can be named in these two; other sets and origins are in the card's tables.
+        datasets=[name for name in data if _HUB_NAME.fullmatch(name)] or None,
         base_model=origin if _HUB_NAME.fullmatch(origin) else None,
         model_name=name,
         eval_results=results or None,
@@ -191,7 +206,21 @@ def _title(record: dict) -> str:
     return f"{_TITLES.get(dataset['name'], dataset['name'])} {dataset['split']}"
 
 
-def _score(name: str, record: dict, markers: bool) -> dict:
+def _as_published(record: dict, repo_id: str) -> dict:
+    """A record whose command names the Hub repository, and no files of the machine that measured."""
+    words = [part for word in shlex.split(record["command"]) for part in _OPTION.fullmatch(word).groups() if part]
+    command, skipped = [], False
+    for option, word in zip(["", *words], words, strict=False):
+        if skipped:
+            skipped = False
+        elif word in _PRIVATE_OPTIONS:
+            skipped = True
+        elif word != "--resume":
+            command.append(repo_id if option == "--model" else Path(word).name if option == "--root" else word)
+    return {**record, "command": shlex.join(command)}
+
+
+def _score(name: str, record: dict, provenance: dict, markers: bool) -> dict:
     """A record's parts of the card, between markers where the card stays in this repository."""
 
     def block(suffix: str, text: str) -> str:
@@ -200,6 +229,8 @@ def _score(name: str, record: dict, markers: bool) -> dict:
 
     return {
         "title": _title(record),
+        "source": provenance["benchmarks"].get(record["dataset"]["name"]),
+        "has_root": "--root" in record["command"],
         "means": block("", measurements.render_means(record)),
         "sequences": block(".sequences", measurements.render_sequences(record)),
         "speed": measurements.render_speed(record),
@@ -258,6 +289,14 @@ def _data_table(data: list[str], provenance: dict) -> str:
     return "\n".join(rows)
 
 
+def is_rendered(folder: Path) -> bool:
+    """Whether the card to publish is rendered; if not, it is the folder's own, written by hand."""
+    readme = folder / "README.md"
+    return (folder / "training.json").is_file() and (
+        not readme.is_file() or is_sealed(readme.read_text(encoding="utf-8"))
+    )
+
+
 def publishable_card(folder: str | Path, records: dict[str, dict], repo_id: str) -> str:
     """
     The card to publish: rendered anew where the folder holds `training.json`, else the folder's own.
@@ -269,7 +308,7 @@ def publishable_card(folder: str | Path, records: dict[str, dict], repo_id: str)
             its metadata.
     """
     folder = Path(folder)
-    readme, facts = folder / "README.md", folder / "training.json"
+    readme = folder / "README.md"
     own = readme.read_text(encoding="utf-8") if readme.is_file() else None
     if own is not None and is_sealed(own) and not is_unedited(own):
         raise ValueError(
@@ -277,7 +316,7 @@ def publishable_card(folder: str | Path, records: dict[str, dict], repo_id: str)
             "Change what it is rendered from, or remove its last line, the comment with the checksum, to publish it "
             "as it is."
         )
-    if facts.is_file() and (own is None or is_sealed(own)):
+    if is_rendered(folder):
         text = render_card(folder, records, repo_id)
     elif own is not None:
         text = seal(_BLOCK.sub("", own))
@@ -319,6 +358,8 @@ def read_json(path: Path) -> dict:
 
 __all__ = [
     "check_metadata",
+    "has_scores",
+    "is_rendered",
     "is_sealed",
     "is_unedited",
     "publishable_card",

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from .cards import read_json
+from .measurements import sha256_of
+
 
 PICTURE_LIMIT = 512 * 1024  # bytes
 _SPACE_LIMIT = 50 * 1024 * 1024  # of one file
@@ -70,6 +73,7 @@ def collect_release(folder: str | Path) -> list[Path]:
     if missing:
         raise ValueError(f"{folder} is no release folder: {' and '.join(missing)} is missing.")
     _check_weights(folder, names)
+    _check_record(folder, names)
     return files
 
 
@@ -186,6 +190,19 @@ def _check_weights(folder: Path, names: set[str]) -> None:
         wrong += sorted(name for name, shard in wanted.items() if name not in tensors.get(shard, ()))[:3]
         if wrong:
             raise ValueError(f"The shards in {folder} are not those of its index; differing: {_listed(wrong)}.")
+
+
+def _check_record(folder: Path, names: set[str]) -> None:
+    """The weights are those that `training.json` is the record of; older records, and shards, do not tell."""
+    if not {"training.json", "model.safetensors"} <= names:
+        return
+    wanted, actual = read_json(folder / "training.json").get("weights_sha256"), sha256_of(folder / "model.safetensors")
+    if wanted is not None and wanted != actual:
+        raise ValueError(
+            f"{folder / 'training.json'} is the record of other weights (sha256 {str(wanted)[:12]}...) than "
+            f"model.safetensors (sha256 {actual[:12]}...): the file is damaged or was replaced. Fetch it again, or "
+            "make the release anew with scripts/make_release.py."
+        )
 
 
 __all__ = ["collect_release", "collect_space", "is_replaced", "licence_text"]

@@ -40,7 +40,8 @@ def render_dataset_card(
     splits = facts["splits"]
     num_frames = sum(counts["frames"] for counts in splits.values())
     metadata = DatasetCardData(
-        license=license or "unknown",
+        # Terms in words alone are none that the Hub has a name for.
+        license=license or ("other" if license_note else "unknown"),
         task_categories=["mask-generation", "image-segmentation"],
         tags=["video-object-segmentation", "video", "deformvos"],
         size_categories=next((text for limit, text in _SIZES.items() if num_frames < limit), "n>1M"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_token, validate_repo_id
 from transformers.utils import logging
 
-from .cards import is_unedited
+from .cards import has_scores, is_unedited
 from .measurements import sha256_of
 
 
@@ -41,15 +42,28 @@ logger = logging.get_logger(__name__)
 CARD = "README.md"
 _WAITS = (1, 4, 16)  # seconds between attempts; the client itself has tried several times in each
 _LONGEST_WAIT = 60
+_FIRST_ANSWER = 10  # seconds; the client itself waits for as long as the system does, for each address of the Hub
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 _CONFLICTS = {409, 412}
 _MAX_PLANS = 3
 _TOKENS = re.compile(r"\b(?:hf_|api_org_)\w{6,}")
 _QUERIES = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")
+# `git check-ref-format`, the rules of branches included.
+_NO_BRANCH = re.compile(
+    r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|(?:^|/)\.|\.lock(?:/|$)|[./]$|^[-/]|^(?:@|HEAD)?$|^refs/|^[0-9a-f]{40}$"
+)
 
 
 class PublishError(ValueError):
     """Publishing failed; the message says in one line why, what state the repository is in, and what to do."""
+
+
+class _Unreachable(PublishError):
+    """The Hub did not answer, or could not: nothing is known of the repository; `cause` says why."""
+
+    def __init__(self, message: str, cause: str):
+        super().__init__(message)
+        self.cause = cause
 
 
 class _Moved(Exception):
@@ -120,8 +134,11 @@ class Target:
             raise PublishError(f"A repository is named org/name, got {self.repo_id!r}: {error}") from error
         if self.repo_id.count("/") != 1:
             raise PublishError(f"A repository is named org/name, got {self.repo_id!r}.")
-        if re.fullmatch(r"[0-9a-f]{40}", self.revision) or self.revision.startswith("refs/"):
-            raise PublishError(f"`revision` must be a branch to publish to, got {self.revision!r}.")
+        if _NO_BRANCH.search(self.revision):
+            raise PublishError(
+                f"`revision` must be a branch to publish to, named as git allows (no spaces, no ~^:?*[\\, no part "
+                f"that begins with a dot), got {self.revision!r}."
+            )
 
     @property
     def url(self) -> str:
@@ -141,6 +158,7 @@ class Plan:
         new, changed, same (`list[Upload]`): local files by what the repository has of them.
         removed (list of `str`): files of an earlier release that this one has no longer.
         notes (list of `str`): sentences for the user.
+        is_known (`bool`, defaults to `True`): whether the Hub told what it has; if not, all files are in `new`.
     """
 
     head: str | None = None
@@ -149,6 +167,7 @@ class Plan:
     same: list[Upload] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    is_known: bool = True
 
     @property
     def is_empty(self) -> bool:
@@ -202,8 +221,10 @@ def publish_files(
         owns (`Callable[[str], bool]`, *optional*): which file names are a release's own: those that are there and not
             in `uploads` are removed, since a stale shard or index would be loaded.
         token (`str`, *optional*): by default the one that is logged in. Never printed.
-        force (`bool`, defaults to `False`): overwrite a card that was edited on the Hub.
-        dry_run (`bool`, defaults to `False`): only look, which needs no token for a public repository.
+        force (`bool`, defaults to `False`): overwrite a card that was edited on the Hub, or has scores where the new
+            one has none.
+        dry_run (`bool`, defaults to `False`): only look, which needs no token for a public repository, and is refused
+            what would be refused in earnest.
 
     Returns:
         [`Published`]: with `committed=False` where the repository holds all of it already.
@@ -211,9 +232,10 @@ def publish_files(
     Raises:
         PublishError: if it did not work; the repository is then as it was before, unless the message says otherwise.
     """
-    client = _Client(target, token)
     if dry_run:
+        client = _Client(target, token, waits=())
         return Published(client.look(uploads, owns, force), None, target.url, committed=False)
+    client = _Client(target, token)
     client.require_token()
     for _ in range(_MAX_PLANS):
         client.prepare()
@@ -241,10 +263,11 @@ def require_token(target: Target, token: str | None = None) -> None:
 
 
 class _Client:
-    """The Hub's client for one target: attempts, and errors as sentences."""
+    """The Hub's client for one target: attempts, with `waits` between them, and errors as sentences."""
 
-    def __init__(self, target: Target, token: str | None):
+    def __init__(self, target: Target, token: str | None, waits: tuple[int, ...] = _WAITS):
         self.target = target
+        self.waits = waits
         self.token = token or get_token()
         # False: nobody's, rather than whichever token the client finds.
         self.api = HfApi(endpoint=constants.ENDPOINT, token=self.token or False)
@@ -258,11 +281,11 @@ class _Client:
                 "Publishing needs a token with write access: `hf auth login`, the environment variable HF_TOKEN, or "
                 "--token-file FILE."
             )
-        self._call(self.api.whoami)
+        self._call(_within, self.api.whoami)
 
     def _call(self, function: Callable, *args, expected: tuple = (), **kwargs):
         """A call, tried again when the fault may pass; `expected` errors are raised as they are."""
-        for wait in (*_WAITS, None):
+        for wait in (*self.waits, None):
             try:
                 return function(*args, **kwargs)
             except expected:
@@ -271,7 +294,7 @@ class _Client:
                 failure = _origin(error)
             if wait is None or not _is_transient(failure):
                 # The original is not chained: a traceback would show what this message leaves out.
-                raise PublishError(self._explain(failure)) from None
+                raise self._failure(failure) from None
             self._sleep(failure, wait)
 
     def _sleep(self, error: Exception, wait: float) -> None:
@@ -280,10 +303,18 @@ class _Client:
         logger.warning(f"{redact(str(error), self.token)[:200]}; trying again in {seconds:g} s")
         time.sleep(seconds)
 
-    def _explain(self, error: Exception) -> str:
-        """One line: what the Hub said, what that means, what to do."""
+    def _failure(self, error: Exception) -> PublishError:
+        """An error of one line: what the Hub said, what that means, what to do."""
+        words = redact(getattr(error, "server_message", None) or str(error), self.token)[:300]
+        cause = f"{self._reason(error)}. In the Hub client's words: {words}"
+        message = f"Publishing to {self.target.repo_id} failed, {self.state}: {cause}"
+        if isinstance(error, OfflineModeIsEnabled) or _is_transient(error):
+            return _Unreachable(message, cause)
+        return PublishError(message)
+
+    def _reason(self, error: Exception) -> str:
+        """What an error means, and what to do."""
         repo, status = self.target.repo_id, _status(error)
-        cause = redact(getattr(error, "server_message", None) or str(error), self.token)[:300]
         if isinstance(error, OfflineModeIsEnabled):
             reason = "the environment variable HF_HUB_OFFLINE forbids it"
         elif isinstance(error, GatedRepoError):
@@ -306,7 +337,7 @@ class _Client:
             reason = f"the Hub refused ({status})"
         else:
             reason = f"the Hub at {constants.ENDPOINT} cannot be reached, or the connection broke"
-        return f"Publishing to {repo} failed, {self.state}: {reason}. In the Hub client's words: {cause}"
+        return reason
 
     def prepare(self) -> None:
         """Makes the repository and the branch where they are missing."""
@@ -317,6 +348,14 @@ class _Client:
             settings = {"space_sdk": self.target.space_sdk} if self.target.repo_type == "space" else {}
             self._call(self.api.create_repo, **self.names, private=self.target.private, exist_ok=True, **settings)
             info = self._call(self.api.repo_info, **self.names)
+        self._check_visibility(info)
+        try:
+            self._call(self.api.repo_info, **self.names, revision=self.target.revision, expected=missing)
+        except RevisionNotFoundError:
+            self._call(self.api.create_branch, **self.names, branch=self.target.revision, exist_ok=True)
+
+    def _check_visibility(self, info) -> None:
+        """Refuses a public repository where a private one is meant, and the other way round."""
         if self.target.private and not info.private:
             raise PublishError(
                 f"{self.target.repo_id} is public and --private was asked for; nothing was published. Make it private "
@@ -327,22 +366,25 @@ class _Client:
                 f"{self.target.repo_id} is private, and a private Space cannot fetch the wheel that it carries while "
                 "it is built; nothing was published. Make it public in its settings on the Hub."
             )
-        try:
-            self._call(self.api.repo_info, **self.names, revision=self.target.revision, expected=missing)
-        except RevisionNotFoundError:
-            self._call(self.api.create_branch, **self.names, branch=self.target.revision, exist_ok=True)
 
     def look(self, uploads: list[Upload], owns: Callable[[str], bool], force: bool) -> Plan:
-        """A plan without making anything; where the Hub does not tell, everything counts as new."""
+        """A plan without making anything; where the Hub cannot be asked, everything counts as new."""
         try:
-            return self.plan(uploads, owns, force)
-        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-            what = "branch" if isinstance(error, RevisionNotFoundError) else "repository"
-            hidden = "" if self.token or what == "branch" else " (or is private: no token was given)"
-            note = f"the {what} does not exist yet{hidden}: it would be made, and everything is new"
-        except PublishError as error:
-            note = f"the Hub could not be asked what it has, so everything is listed as new. {error}"
-        return Plan(new=list(uploads), notes=[note])
+            info = self._call(_within, self.api.repo_info, **self.names, expected=(RepositoryNotFoundError,))
+            self._check_visibility(info)
+            try:
+                return self.plan(uploads, owns, force)
+            except RevisionNotFoundError:
+                plan = self.plan(uploads, owns, force, info.sha)
+                plan.notes.append(f"the branch {self.target.revision} does not exist yet: it would be made from main")
+                return plan
+        except RepositoryNotFoundError:
+            hidden = "" if self.token else " (or is private: no token was given)"
+            note = f"the repository does not exist yet{hidden}: it would be made, and everything is new"
+            return Plan(new=list(uploads), notes=[note])
+        except _Unreachable as error:
+            note = f"the Hub could not be asked what it has, so every file is listed as new: {error.cause}"
+            return Plan(new=list(uploads), notes=[note], is_known=False)
 
     def _list(self, revision: str) -> dict:
         """The files of a revision, by name."""
@@ -356,29 +398,45 @@ class _Client:
         missing = (RepositoryNotFoundError, RevisionNotFoundError)
         return self._call(self.api.repo_info, **self.names, revision=self.target.revision, expected=missing).sha
 
-    def plan(self, uploads: list[Upload], owns: Callable[[str], bool], force: bool) -> Plan:
-        """What differs, and whether the card may be overwritten."""
-        plan = Plan(head=self._head())
+    def plan(self, uploads: list[Upload], owns: Callable[[str], bool], force: bool, head: str | None = None) -> Plan:
+        """What differs from a commit, by default the branch's last, and whether the card may be overwritten."""
+        plan = Plan(head=head or self._head())
         remote = self._list(plan.head)
         for upload in uploads:
             there = remote.get(upload.name)
             (plan.new if there is None else plan.same if upload.is_same(there) else plan.changed).append(upload)
         kept = {upload.name for upload in uploads}
         plan.removed = sorted(name for name in remote if owns(name) and name not in kept)
-        if any(upload.name == CARD for upload in plan.changed) and self._is_edited(plan.head):
-            if not force:
-                raise PublishError(
-                    f"{CARD} of {self.target.repo_id} was edited on the Hub, or not published by this command; "
-                    "nothing was published. Take the edits over, or overwrite them with --force."
-                )
-            plan.notes.append(f"{CARD} was edited on the Hub and is overwritten")
+        for upload in plan.changed:
+            if upload.name == CARD:
+                plan.notes += self._losses(plan.head, upload, force)
         return plan
 
-    def _is_edited(self, head: str) -> bool:
-        """Whether the card at a commit is another than a publication left there."""
+    def _losses(self, head: str, card: Upload, force: bool) -> list[str]:
+        """
+        What overwriting the card at a commit would lose.
+
+        Raises:
+            PublishError: if it would lose anything, unless `force`.
+        """
         with tempfile.TemporaryDirectory() as folder:
             path = self._call(self.api.hf_hub_download, **self.names, filename=CARD, revision=head, local_dir=folder)
             text = Path(path).read_text(encoding="utf-8", errors="replace")
+        losses = []
+        if self._is_edited(text, head):
+            losses.append(("was edited on the Hub, or not published by this command", "Take the edits over"))
+        if has_scores(text) and not has_scores(card.path.read_text(encoding="utf-8", errors="replace")):
+            losses.append(("has scores, and the new one has none", "Name their measurements with --numbers FILE"))
+        if losses and not force:
+            reason, remedy = losses[0]
+            raise PublishError(
+                f"{CARD} of {self.target.repo_id} {reason}; nothing was published. {remedy}, or overwrite it with "
+                "--force."
+            )
+        return [f"{CARD} on the Hub {reason}: it is overwritten" for reason, _ in losses]
+
+    def _is_edited(self, text: str, head: str) -> bool:
+        """Whether the card at a commit is another than a publication left there."""
         if is_unedited(text):
             return False
         # The Hub itself puts a card into some new repositories.
@@ -386,7 +444,7 @@ class _Client:
 
     def commit(self, plan: Plan, message: str, description: str) -> str:
         """Makes the commit, whatever happens to its answer; the commit's id."""
-        for wait in (*_WAITS, None):
+        for wait in (*self.waits, None):
             # Operations remember what became of them, so each attempt takes fresh ones.
             operations = [CommitOperationAdd(upload.name, str(upload.path)) for upload in plan.new + plan.changed]
             operations += [CommitOperationDelete(name) for name in plan.removed]
@@ -410,7 +468,7 @@ class _Client:
             # 422: the storage has not got what was sent; sending it again may help.
             retried = _is_transient(failure) or _status(failure) in {422, *_CONFLICTS}
             if wait is None or not retried:
-                raise PublishError(self._explain(failure)) from None
+                raise self._failure(failure) from None
             self._sleep(failure, wait)
 
     @staticmethod
@@ -483,6 +541,32 @@ class _Client:
         except PublishError as error:
             return f"taking the commit {commit[:12]} back failed too, so it must be reverted by hand. {error}"
         return "the publication was taken back, and the repository is as it was before. Try again."
+
+
+def _within(function: Callable, **kwargs):
+    """
+    A call that is given up when there is no answer within some seconds.
+
+    Raises:
+        TimeoutError: if there is none; the call goes on by itself.
+    """
+    outcome: list = []
+
+    def work() -> None:
+        try:
+            outcome.append((function(**kwargs), None))
+        except Exception as error:  # raised again below
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(_FIRST_ANSWER)
+    if not outcome:
+        raise TimeoutError(f"no answer within {_FIRST_ANSWER:g} s")
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result
 
 
 def _origin(error: Exception) -> Exception:

@@ -9,13 +9,27 @@ from pathlib import Path
 from . import cards, measurements
 from .check import check_release
 from .collect import collect_release, is_replaced, licence_text
-from .hub import Published, Target, Upload, publish_files
+from .hub import Published, Target, Upload, publish_files, require_token
 
 
 def default_records(folder: Path) -> list[Path]:
-    """Where the measurements of a folder lie if nobody says so: docs/numbers of the repository that it is in."""
-    place = folder.resolve().parent.parent / "docs" / "numbers"
-    return [place] if place.is_dir() else []
+    """Where measurements lie if nobody says so: docs/numbers around the folder, and of the checkout that runs."""
+    roots = (folder.resolve().parent.parent, Path(__file__).resolve().parents[2])
+    places = [root / "docs" / "numbers" for root in dict.fromkeys(roots)]
+    return [place for place in places if place.is_dir()]
+
+
+def scores_note(folder: Path, places: list[Path], card: str) -> list[str]:
+    """A sentence for the user where a card that is rendered has no scores."""
+    if cards.has_scores(card) or not cards.is_rendered(folder):
+        return []
+    weights = folder / "model.safetensors"
+    which = f"sha256 {measurements.sha256_of(weights)[:12]}..." if weights.is_file() else "shards have no one sha256"
+    where = " or ".join(map(str, places)) or "docs/numbers, which is neither around the folder nor beside the package"
+    return [
+        f"no measurement of these weights ({which}) was found in {where}: the card has no scores; name one by "
+        "--numbers FILE"
+    ]
 
 
 def stage_release(folder: Path, staging: Path, repo_id: str, records: dict[str, dict]) -> list[Path]:
@@ -61,8 +75,8 @@ def publish_release(
     """
     Publish a model: its card rendered from what was measured, the files of the allow-list, the code, in one commit.
 
-    Before anything is sent the staged copy is loaded in a process without this package and its logits compared. If
-    the repository holds all of it already, nothing is committed.
+    The token is tried first. Before anything is sent the staged copy is loaded in a process without this package and
+    its logits compared. If the repository holds all of it already, nothing is committed.
 
     Args:
         folder (`str` or `Path`): see [`collect.collect_release`].
@@ -71,7 +85,8 @@ def publish_release(
         revision (`str`, defaults to `"main"`): the branch.
         records (`list[Path]`, *optional*): measurements, see [`measurements.find_records`].
         token (`str`, *optional*): by default the one that is logged in.
-        force (`bool`, defaults to `False`): overwrite a card that was edited on the Hub.
+        force (`bool`, defaults to `False`): overwrite a card that was edited on the Hub, or has scores where the new
+            one has none.
         dry_run (`bool`, defaults to `False`): do all but commit.
 
     Returns:
@@ -86,6 +101,8 @@ def publish_release(
     collect_release(folder)  # the reasons to refuse come before the work
     places = records if records is not None else default_records(folder)
     measured = measurements.find_records(places, folder / "model.safetensors")
+    if not dry_run:
+        require_token(target, token)
     with tempfile.TemporaryDirectory() as temporary:
         staging = Path(temporary)
         files = stage_release(folder, staging, repo_id, measured)
@@ -95,9 +112,11 @@ def publish_release(
             f"{upload.name} sha256 {upload.sha256}" for upload in uploads if upload.name.endswith(".safetensors")
         )
         name = folder.resolve().name
-        return publish_files(
+        result = publish_files(
             uploads, target, f"Publish {name}", weights, is_replaced, token=token, force=force, dry_run=dry_run
         )
+        result.plan.notes += scores_note(folder, places, (staging / "README.md").read_text(encoding="utf-8"))
+        return result
 
 
-__all__ = ["default_records", "publish_release", "stage_release"]
+__all__ = ["default_records", "publish_release", "scores_note", "stage_release"]

@@ -9,6 +9,7 @@ from ..image_processing_deformvos import DeformVosImageProcessor
 from ..modeling_deformvos import DeformVosModel
 from ..processing_deformvos import DeformVosProcessor
 from .cards import read_json, render_card
+from .measurements import sha256_of
 
 
 # What of a run's settings tells how the weights came about; the others are paths and bookkeeping.
@@ -65,6 +66,7 @@ def release_run(
         "clips": results["clips"],
         "minutes": round(results["minutes"], 1),
         "parameters": results["parameters"],
+        "weights_sha256": sha256_of(folder / "model.safetensors"),
         **({"data": names} if names else {}),
         "settings": {name: results["config"][name] for name in SETTINGS if name in results["config"]},
         **(recorded or origins or {}),

@@ -20,7 +20,7 @@ from huggingface_hub import constants
 
 from . import cards
 from .collect import collect_space
-from .hub import CARD, Published, Target, Upload, publish_files
+from .hub import CARD, Published, Target, Upload, publish_files, require_token
 
 
 _SDKS = ("gradio", "streamlit")
@@ -158,6 +158,8 @@ def publish_space(
         raise ValueError(f"{folder} is no folder.")
     settings = read_settings(folder)
     target = Target(repo_id, repo_type="space", space_sdk=settings["sdk"], must_be_public=True)
+    if not dry_run:
+        require_token(target, token)
     with tempfile.TemporaryDirectory() as temporary:
         staging = Path(temporary)
         uploads = [Upload.of(name, staging / name) for name in stage_space(folder, staging, repo_id)]

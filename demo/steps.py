@@ -1,0 +1,617 @@
+"""What happens on the page: every function here answers one event, for one visitor."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import gradio as gr
+import numpy as np
+import page
+import pandas as pd
+from exports import write_json, write_masks_zip, write_overlay
+from following import Models, Progress, follow
+from gradio.utils import get_upload_folder
+from marking import box_to_mask, id_map_to_layer, layers_to_id_map, mask_file_to_id_map
+from stamps import NUMBERS, read_stamp, stamped
+from workspace import LIMITS, PALETTE, DemoError, Workspace, Workspaces
+
+
+logger = logging.getLogger(__name__)
+
+_EXAMPLES = Path(__file__).resolve().parent / "examples"
+EXAMPLE_VIDEO, EXAMPLE_MASK = _EXAMPLES / "bunny.mp4", _EXAMPLES / "bunny_mask.png"
+EXAMPLE_NAMES = ("Rabbit", "Ruin")
+
+# What browsers play, by and large; of others the first step shows no preview.
+_PLAYABLE = (".mp4", ".m4v", ".mov", ".webm", ".ogv", ".ogg")
+# Painted areas let the picture shine through; above one half, or they would not count as painted.
+_ALPHA = 166
+# Seconds between two pictures of the progress of reading a file.
+_INTERVAL = 0.25
+
+
+@dataclass
+class Editing:
+    """
+    What a visitor is about to mark.
+
+    Attributes:
+        frame (`int`): shown in step 2.
+        tool (`str`): brush, box or file.
+        given (`np.ndarray`, *optional*): what the editor was loaded with; what differs was painted since.
+        load (`int`): how often the editor was loaded; its picture carries the number.
+        obj_id (`int`): the object that brush and box mark.
+        names (`list[str]`): of the objects 1, 2 and so on.
+        corner (`tuple[int, int]`, *optional*): the first corner of a box.
+        is_running, is_cancelled (`bool`): whether a run was asked for, and whether it was called off.
+        has_news (`bool`): whether there is a new video, or a new result, that the page does not show yet.
+        downloads (`tuple[Path, ...]`): video, masks and record of the last run.
+    """
+
+    frame: int = 0
+    tool: str = "brush"
+    given: np.ndarray | None = None
+    load: int = 0
+    obj_id: int = 1
+    names: list[str] = field(default_factory=lambda: ["Object 1"])
+    corner: tuple[int, int] | None = None
+    is_running: bool = False
+    is_cancelled: bool = False
+    has_news: bool = False
+    downloads: tuple[Path, ...] = ()
+
+
+def guarded(handler):
+    """Turns the visitor's mistakes into a message, everything else into a sentence and an entry in the log."""
+
+    @functools.wraps(handler)
+    def guard(*args, **kwargs):
+        try:
+            return handler(*args, **kwargs)
+        except DemoError as error:
+            gr.Warning(str(error), title="Not yet")
+        except Exception:
+            logger.exception("An event failed.")
+            gr.Warning(page.UNEXPECTED, title="Sorry")
+        return gr.skip()
+
+    return guard
+
+
+class Steps:
+    """
+    The events of the page.
+
+    Args:
+        ui (`SimpleNamespace`): the components, by name.
+        workspaces ([`Workspaces`]): the visitors' videos.
+        models ([`Models`]): what follows.
+    """
+
+    def __init__(self, ui: SimpleNamespace, workspaces: Workspaces, models: Models):
+        self.ui, self.workspaces, self.models = ui, workspaces, models
+
+    def _workspace(self, request: gr.Request) -> Workspace:
+        return self.workspaces.get(request.session_hash)
+
+    def leave(self, request: gr.Request):
+        """The page was closed or loaded anew."""
+        self.workspaces.close(request.session_hash)
+
+    # 1 Video
+
+    def open_video(self, path: str | None, editing: Editing, request: gr.Request) -> Iterator[dict]:
+        """Reads an uploaded or recorded video."""
+        if path is not None:
+            yield from self._open(Path(path), None, editing, request)
+
+    def open_example(self, editing: Editing, request: gr.Request) -> Iterator[dict]:
+        """Takes the example with its marks, so that it can be followed at once."""
+        yield from self._open(EXAMPLE_VIDEO, EXAMPLE_MASK, editing, request)
+
+    def hide_steps(self) -> dict:
+        """While a video is read there is nothing to mark."""
+        ui = self.ui
+        return {
+            **{each: gr.update(visible=True) for each in (ui.mark_empty, ui.follow_empty, ui.result_empty)},
+            **{each: gr.update(visible=False) for each in (ui.mark_panel, ui.follow_panel, ui.result_panel)},
+        }
+
+    def _open(self, path: Path, mask: Path | None, editing: Editing, request: gr.Request) -> Iterator[dict]:
+        ui, kept = self.ui, ""
+        editing.has_news = False
+        try:
+            workspace = self._workspace(request)
+            kept = f" {workspace.facts.name} is still open." if workspace.facts else ""
+            told = 0.0
+            for done, expected in workspace.import_video(path):
+                if time.monotonic() - told > _INTERVAL:
+                    told = time.monotonic()
+                    of = f" of about {expected}" if expected else ""
+                    share = min(done / expected, 1.0) if expected else None
+                    yield {ui.video_status: page.progress_bar(share, f"Reading the video: {done}{of} frames")}
+            editing.__init__(load=editing.load, has_news=True)
+            if mask is not None:
+                workspace.set_marks(0, mask_file_to_id_map(mask, self._size(workspace)))
+                editing.names = list(EXAMPLE_NAMES)
+            self._name_objects(workspace, editing)
+        except DemoError as error:
+            yield {ui.video: None, ui.video_status: page.alert(str(error) + kept)}
+        except Exception:
+            logger.exception("A video could not be opened.")
+            yield {ui.video: None, ui.video_status: page.alert(page.UNEXPECTED + kept)}
+        else:
+            shown = {ui.video: str(path)} if mask is not None else {}
+            yield {**shown, ui.video_status: page.facts_line(workspace.facts, path.suffix.lower() in _PLAYABLE)}
+
+    @guarded
+    def show_video(self, editing: Editing, request: gr.Request) -> dict:
+        """Opens the steps again, for a video that has just been read or for the one before it."""
+        workspace, ui = self._workspace(request), self.ui
+        if workspace.facts is None:
+            return gr.skip()
+        updates = {
+            ui.mark_empty: gr.update(visible=False),
+            ui.mark_panel: gr.update(visible=True),
+            ui.follow_empty: gr.update(visible=False),
+            ui.follow_panel: gr.update(visible=True),
+            ui.frame: self._slider(workspace, editing.frame),
+            ui.tools: gr.update(selected=editing.tool),
+            **self._show_frame(workspace, editing),
+        }
+        if editing.has_news:
+            editing.has_news = False
+            return {**updates, ui.mask: None, ui.run_status: "", ui.live: ""}
+        has_result = bool(editing.downloads)
+        shown = {ui.result_empty: gr.update(visible=not has_result), ui.result_panel: gr.update(visible=has_result)}
+        return {**updates, **shown}
+
+    @staticmethod
+    def _slider(workspace: Workspace, frame_idx: int) -> dict:
+        last = workspace.facts.num_frames - 1
+        return gr.update(value=frame_idx, maximum=max(last, 1), interactive=last > 0)
+
+    @guarded
+    def close_video(self, editing: Editing, request: gr.Request) -> dict:
+        """The visitor took the video away."""
+        ui = self.ui
+        self.workspaces.close(request.session_hash)
+        editing.__init__(load=editing.load)
+        return {ui.video_status: "", ui.run_status: "", ui.live: "", **self.hide_steps()}
+
+    # 2 Mark
+
+    @staticmethod
+    def _size(workspace: Workspace) -> tuple[int, int]:
+        if workspace.facts is None:
+            raise DemoError("There is no video yet. Upload one first.")
+        return workspace.facts.height, workspace.facts.width
+
+    @staticmethod
+    def _ids(workspace: Workspace, frame_idx: int) -> np.ndarray | None:
+        """What is marked on a frame, else what was found there."""
+        ids = workspace.marks.get(frame_idx)
+        return workspace.mask(frame_idx) if ids is None else ids
+
+    def _name_objects(self, workspace: Workspace, editing: Editing):
+        """There are names for all objects; the workspace has those of objects that are there."""
+        present = workspace.object_ids
+        for obj_id in range(len(editing.names) + 1, max(present, default=0) + 1):
+            editing.names.append(f"Object {obj_id}")
+        for obj_id in present:
+            workspace.names[obj_id] = editing.names[obj_id - 1]
+
+    def _commit(self, workspace: Workspace, editing: Editing, editor_value: dict | None):
+        """Keeps what was painted since the editor was loaded."""
+        if editing.tool != "brush" or editing.given is None or not (editor_value or {}).get("layers"):
+            return
+        if read_stamp(editor_value.get("background")) not in (None, editing.load % NUMBERS):
+            return  # the editor still has the picture of another frame, so nothing can have been painted on this one
+        ids = layers_to_id_map(editor_value, PALETTE, self._size(workspace))
+        if not np.array_equal(ids, editing.given):
+            workspace.set_marks(editing.frame, ids)
+            editing.given = ids
+            self._name_objects(workspace, editing)
+
+    def _show_frame(self, workspace: Workspace, editing: Editing) -> dict:
+        """The frame in the tool that is open, and what is marked on it."""
+        ui, frame_idx = self.ui, editing.frame
+        ids = self._ids(workspace, frame_idx)
+        editing.corner = None
+        updates = {
+            ui.objects: self._objects(editing),
+            ui.name: editing.names[editing.obj_id - 1],
+            ui.add: gr.update(interactive=len(editing.names) < LIMITS.max_objects),
+            ui.marked: page.marked_table(workspace, editing.names, frame_idx, ids),
+            ui.start: page.hint(f"Starts at {page.frame_label(workspace, frame_idx)}, the one shown above."),
+        }
+        if editing.tool == "brush":
+            image = workspace.frames[frame_idx]
+            editing.given = np.zeros(image.shape[:2], dtype=np.uint8) if ids is None else ids
+            layer = id_map_to_layer(editing.given, PALETTE, _ALPHA)
+            editing.load += 1
+            image = stamped(image, editing.load % NUMBERS)
+            updates[ui.editor] = gr.update(
+                value={"background": image, "layers": [layer], "composite": None},
+                brush=brush(editing.obj_id),
+                visible=not editing.is_running,
+            )
+            updates[ui.resting] = self._resting(workspace, editing) if editing.is_running else ""
+        elif editing.tool == "box":
+            updates[ui.box_picture] = self._marked(workspace, frame_idx)
+            updates[ui.box_hint] = page.hint(page.BOX_HINT)
+        else:
+            text = f"{page.frame_label(workspace, frame_idx)}, as it is marked"
+            updates[ui.file_picture] = page.picture(self._marked(workspace, frame_idx), text.capitalize())
+        return updates
+
+    def _resting(self, workspace: Workspace, editing: Editing) -> str:
+        """What stands in the editor's place during a run: Gradio reads the editor with every sign of progress."""
+        text = f"{self._caption(workspace, editing.frame)}, as it is marked. The brush rests until the run is over."
+        return page.picture(self._marked(workspace, editing.frame), text)
+
+    @staticmethod
+    def _marked(workspace: Workspace, frame_idx: int) -> np.ndarray:
+        """A frame as its marks, else its result, have it."""
+        return workspace.overlay(frame_idx)
+
+    def _objects(self, editing: Editing) -> dict:
+        choices = [(name or f"Object {i}", i) for i, name in enumerate(editing.names, start=1)]
+        return gr.update(choices=choices, value=editing.obj_id)
+
+    @guarded
+    def go_to_frame(self, frame: float, editor_value: dict, editing: Editing, request: gr.Request) -> dict:
+        """Another frame to mark; what was painted on the last one is kept."""
+        workspace = self._workspace(request)
+        frame_idx = int(frame or 0)
+        if frame_idx == editing.frame or workspace.facts is None or frame_idx >= workspace.facts.num_frames:
+            return gr.skip()
+        self._commit(workspace, editing, editor_value)
+        editing.frame = frame_idx
+        return self._show_frame(workspace, editing)
+
+    @guarded
+    def settle(self, frame: float, editing: Editing, request: gr.Request) -> dict:
+        """The frame that the slider came to rest on: its events may arrive in another order than they were sent."""
+        workspace, frame_idx = self._workspace(request), int(frame or 0)
+        if frame_idx == editing.frame or workspace.facts is None or frame_idx >= workspace.facts.num_frames:
+            return gr.skip()
+        editing.frame = frame_idx
+        return self._show_frame(workspace, editing)
+
+    def use_tool(self, tool: str):
+        """The event of opening a tool: brush, box or file."""
+
+        @guarded
+        def event(editor_value: dict, editing: Editing, request: gr.Request) -> dict:
+            workspace = self._workspace(request)
+            if workspace.facts is None or tool == editing.tool:
+                return gr.skip()
+            self._commit(workspace, editing, editor_value)
+            editing.tool = tool
+            return self._show_frame(workspace, editing)
+
+        return event
+
+    @guarded
+    def choose_object(self, obj_id: int, editing: Editing) -> dict:
+        """Another object to mark, in its own colour."""
+        editing.obj_id = int(obj_id)
+        return {self.ui.name: editing.names[editing.obj_id - 1], self.ui.editor: gr.update(brush=brush(obj_id))}
+
+    @guarded
+    def add_object(self, editing: Editing) -> dict:
+        """One more object."""
+        if len(editing.names) >= LIMITS.max_objects:
+            raise DemoError(f"Up to {LIMITS.max_objects} objects can be followed at once.")
+        editing.names.append(f"Object {len(editing.names) + 1}")
+        editing.obj_id = len(editing.names)
+        return {
+            self.ui.objects: self._objects(editing),
+            self.ui.name: editing.names[-1],
+            self.ui.editor: gr.update(brush=brush(editing.obj_id)),
+            self.ui.add: gr.update(interactive=len(editing.names) < LIMITS.max_objects),
+        }
+
+    @guarded
+    def rename_object(self, name: str, editing: Editing, request: gr.Request) -> dict:
+        """The name of the chosen object."""
+        workspace = self._workspace(request)
+        name = " ".join((name or "").split())[:40] or f"Object {editing.obj_id}"
+        if name == editing.names[editing.obj_id - 1] or workspace.facts is None:
+            return gr.skip()
+        editing.names[editing.obj_id - 1] = name
+        self._name_objects(workspace, editing)
+        ids = self._ids(workspace, editing.frame)
+        return {
+            self.ui.objects: self._objects(editing),
+            self.ui.marked: page.marked_table(workspace, editing.names, editing.frame, ids),
+            self.ui.plot: self._plot(workspace),
+        }
+
+    @guarded
+    def click_corner(self, editing: Editing, request: gr.Request, event: gr.SelectData) -> dict:
+        """A click on the picture of the box tool: the first corner, or the second."""
+        workspace, point = self._workspace(request), (int(event.index[0]), int(event.index[1]))
+        if editing.corner is None:
+            editing.corner = point
+            image = cv2.drawMarker(
+                self._marked(workspace, editing.frame),
+                point,
+                PALETTE[editing.obj_id].tolist(),
+                cv2.MARKER_CROSS,
+                24,
+                3,
+            )
+            return {
+                self.ui.box_picture: image,
+                self.ui.box_hint: page.note(page.BOX_SECOND),
+                self.ui.left: point[0],
+                self.ui.top: point[1],
+            }
+        box = (*editing.corner, *point)
+        corners = {self.ui.left: box[0], self.ui.top: box[1], self.ui.right: box[2], self.ui.bottom: box[3]}
+        return {**self._mark_box(workspace, editing, box), **corners}
+
+    @guarded
+    def enter_box(
+        self, left: float, top: float, right: float, bottom: float, editing: Editing, request: gr.Request
+    ) -> dict:
+        """A box by its numbers."""
+        if None in (left, top, right, bottom):
+            raise DemoError("A box needs four numbers: left, top, right and bottom, in pixels.")
+        return self._mark_box(self._workspace(request), editing, (left, top, right, bottom))
+
+    def _mark_box(self, workspace: Workspace, editing: Editing, box: tuple) -> dict:
+        size, obj_id = self._size(workspace), editing.obj_id
+        editing.corner = None
+        found = box_to_mask(workspace.frames[editing.frame], box)
+        ids = self._ids(workspace, editing.frame)
+        ids = np.zeros(size, dtype=np.uint8) if ids is None else ids.copy()
+        ids[ids == obj_id] = 0
+        ids[found.mask] = obj_id
+        workspace.set_marks(editing.frame, ids)
+        self._name_objects(workspace, editing)
+        name = editing.names[obj_id - 1]
+        done = f"{name} is marked. Not quite? Mend it with the brush, or click a new box."
+        if not found.refined:
+            done = f"No clear outline there: the whole box is {name} now. Mend it with the brush, or click a new box."
+        return {**self._show_frame(workspace, editing), self.ui.box_hint: page.note(done)}
+
+    @guarded
+    def take_mask(self, path: str | None, editing: Editing, request: gr.Request) -> dict:
+        """A mask from a file takes the place of what is marked on the frame."""
+        if path is None:
+            return gr.skip()
+        workspace = self._workspace(request)
+        workspace.set_marks(editing.frame, mask_file_to_id_map(path, self._size(workspace)))
+        self._name_objects(workspace, editing)
+        return self._show_frame(workspace, editing)
+
+    @guarded
+    def clear_frame(self, editing: Editing, request: gr.Request) -> dict:
+        """Forgets the marks of the frame; what was found there comes back."""
+        workspace = self._workspace(request)
+        self._size(workspace)
+        workspace.clear_marks(editing.frame)
+        return self._show_frame(workspace, editing)
+
+    # 3 Follow
+
+    def begin(self, editor_value: dict, editing: Editing, request: gr.Request) -> dict:
+        """Takes what is painted and makes the page ready for `run`, or says why there is nothing to run."""
+        try:
+            workspace = self._workspace(request)
+            if editing.is_running or workspace.is_busy:
+                return gr.skip()  # a second click
+            self._commit(workspace, editing, editor_value)
+            ids = self._ids(workspace, editing.frame)
+            if editing.frame not in workspace.marks and ids is not None:
+                workspace.set_marks(editing.frame, ids)
+            if not workspace.marks:
+                raise DemoError("Nothing is marked yet. Paint over an object, box it, or upload a mask in step 2.")
+        except DemoError as error:
+            return {self.ui.run_status: page.alert(str(error))}
+        except Exception:
+            logger.exception("A run did not begin.")
+            return {self.ui.run_status: page.alert(page.UNEXPECTED)}
+        editing.is_running, editing.is_cancelled = True, False
+        return {
+            self.ui.follow: gr.update(interactive=False),
+            self.ui.stop: gr.update(interactive=True),
+            self.ui.run_status: page.progress_bar(None, page.WAITING),
+            self.ui.live: page.picture(workspace.overlay(editing.frame), self._caption(workspace, editing.frame)),
+            self.ui.editor: gr.update(visible=False),
+            self.ui.resting: self._resting(workspace, editing),
+            self.ui.marked: page.marked_table(workspace, editing.names, editing.frame, ids),
+        }
+
+    @staticmethod
+    def _caption(workspace: Workspace, frame_idx: int) -> str:
+        return page.frame_label(workspace, frame_idx).capitalize()
+
+    def stop(self, editing: Editing, request: gr.Request) -> dict:
+        """Ends the run; what is done stays."""
+        editing.is_cancelled = True
+        self._workspace(request).stop.set()
+        return {self.ui.stop: gr.update(interactive=False)}
+
+    def run(self, model: str, quality: str, direction: str, editing: Editing, request: gr.Request) -> Iterator[dict]:
+        """Follows, shows every few frames, and writes what there is to download."""
+        if not editing.is_running:  # `begin` found a reason
+            yield gr.skip()
+            return
+        workspace, text = self._workspace(request), page.STOPPED_EARLY
+        try:
+            if not editing.is_cancelled:
+                started = time.monotonic()
+                for progress in follow(workspace, self.models, model, quality, editing.frame, direction):
+                    shown = workspace.overlay(progress.frame_idx)
+                    yield {
+                        self.ui.run_status: page.run_progress(progress),
+                        self.ui.live: page.picture(shown, self._caption(workspace, progress.frame_idx)),
+                    }
+                facts = run_facts(model, quality, direction, editing.frame, progress, started)
+                writing = page.progress_bar(None, page.WRITING)
+                yield {self.ui.stop: gr.update(interactive=False), self.ui.run_status: writing}
+                if workspace.num_done:
+                    yield from self._export(workspace, editing, facts)
+                    text = page.run_summary(facts)
+            yield {**self._idle(), self.ui.run_status: page.note(text)}
+        except DemoError as error:
+            gone = workspace.is_closed  # the visitor took the video away, and knows
+            yield {**self._idle(), self.ui.run_status: "" if gone else page.alert(str(error))}
+        except Exception:
+            logger.exception("A run failed.")
+            yield {**self._idle(), self.ui.run_status: page.alert(page.UNEXPECTED)}
+        finally:
+            editing.is_running = False
+
+    def _idle(self) -> dict:
+        return {self.ui.follow: gr.update(interactive=True), self.ui.stop: gr.update(interactive=False)}
+
+    # 4 Result
+
+    def _export(self, workspace: Workspace, editing: Editing, facts: dict) -> Iterator[dict]:
+        """Writes the downloads."""
+        told = 0.0
+        editing.downloads = overlay, masks, record = self._export_paths(workspace)
+        for share in write_overlay(workspace, overlay):
+            if time.monotonic() - told > _INTERVAL:
+                told = time.monotonic()
+                yield {self.ui.run_status: page.progress_bar(share, page.WRITING)}
+        write_masks_zip(workspace, masks)
+        write_json(workspace, record, facts)
+        editing.has_news = True
+
+    @guarded
+    def show_result(self, editing: Editing, request: gr.Request) -> dict:
+        """Opens the last step after a run, and shows in step 2 what was found."""
+        workspace, ui = self._workspace(request), self.ui
+        if not editing.has_news:
+            return self._show_frame(workspace, editing) if workspace.facts else gr.skip()
+        editing.has_news = False
+        overlay, masks, record = map(str, editing.downloads)
+        return {
+            **self._show_frame(workspace, editing),
+            ui.result_empty: gr.update(visible=False),
+            ui.result_panel: gr.update(visible=True),
+            ui.player: overlay,
+            ui.scrub: self._slider(workspace, editing.frame),
+            ui.scrubbed: self._scrubbed(workspace, editing.frame),
+            ui.plot: self._plot(workspace),
+            ui.get_overlay: overlay,
+            ui.get_masks: masks,
+            ui.get_record: record,
+        }
+
+    @staticmethod
+    def _export_paths(workspace: Workspace) -> tuple[Path, Path, Path]:
+        """Where the downloads go. Never the same names again: browsers keep what they have seen."""
+        folder = workspace.folder / "downloads"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder = folder / secrets.token_hex(8)
+        folder.mkdir(parents=True)
+        stem = Path(workspace.facts.name).stem[:60] or "video"
+        return folder / f"{stem}_followed.mp4", folder / f"{stem}_masks.zip", folder / f"{stem}_results.json"
+
+    @staticmethod
+    def _plot(workspace: Workspace) -> gr.LinePlot:
+        areas = pd.DataFrame(workspace.areas(), columns=["frame", "seconds", "object", "area"])
+        colours = {label: page.colour(obj_id) for obj_id, label in workspace.labels().items()}
+        return gr.LinePlot(value=areas, color_map=colours)
+
+    def _scrubbed(self, workspace: Workspace, frame_idx: int) -> str:
+        text = self._caption(workspace, frame_idx)
+        if workspace.mask(frame_idx) is None:
+            text += " (not followed)"
+        return page.picture(workspace.overlay(frame_idx), text)
+
+    @guarded
+    def scrub(self, frame: float, request: gr.Request) -> dict:
+        """Another frame of the result."""
+        workspace, frame_idx = self._workspace(request), int(frame or 0)
+        if workspace.facts is None or frame_idx >= workspace.facts.num_frames:
+            return gr.skip()
+        return {self.ui.scrubbed: self._scrubbed(workspace, frame_idx)}
+
+    @guarded
+    def correct(self, frame: float, editor_value: dict, editing: Editing, request: gr.Request) -> dict:
+        """Takes a frame of the result back to step 2."""
+        workspace, frame_idx = self._workspace(request), int(frame or 0)
+        self._size(workspace)
+        self._commit(workspace, editing, editor_value)
+        editing.frame, editing.tool = frame_idx, "brush"
+        return {
+            **self._show_frame(workspace, editing),
+            self.ui.frame: frame_idx,
+            self.ui.tools: gr.update(selected="brush"),
+            self.ui.run_status: page.note(
+                f"Correct frame {frame_idx} in step 2, then follow from there: frames on that side are found anew."
+            ),
+        }
+
+    # For programs
+
+    def segment(
+        self,
+        video: str,
+        mask: str,
+        frame: int = 0,
+        direction: str = "both",
+        model: str | None = None,
+        quality: str = "Standard",
+    ) -> tuple[str, str, str]:
+        """The whole job in one call, for programs; the visitor's page has no part in it."""
+        key = f"program-{secrets.token_hex(16)}"
+        try:
+            if video is None or mask is None:
+                raise DemoError("A video and a mask are needed.")
+            workspace = self.workspaces.get(key)
+            for _ in workspace.import_video(video):
+                pass
+            workspace.set_marks(int(frame), mask_file_to_id_map(mask, self._size(workspace)))
+            started = time.monotonic()
+            *_, progress = follow(workspace, self.models, model, quality, int(frame), direction)
+            facts = run_facts(model, quality, direction, int(frame), progress, started)
+            paths = self._export_paths(workspace)
+            for _ in write_overlay(workspace, paths[0]):
+                pass
+            write_masks_zip(workspace, paths[1])
+            write_json(workspace, paths[2], facts)
+            # The workspace goes now; Gradio removes these in its own time.
+            folder = Path(get_upload_folder()) / secrets.token_hex(16)
+            shutil.move(paths[0].parent, folder)
+            return tuple(str(folder / path.name) for path in paths)
+        except DemoError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        finally:
+            self.workspaces.close(key)
+
+
+def run_facts(model: str, quality: str, direction: str, start: int, progress: Progress, started: float) -> dict:
+    """What the record says of a run."""
+    return {
+        "model": model,
+        "quality": quality,
+        "direction": direction,
+        "start_frame": start,
+        "frames": progress.done,
+        "stopped": progress.stopped,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def brush(obj_id: int) -> gr.Brush:
+    """The brush of an object: its colour and no other, so that nothing is painted that belongs to no object."""
+    paint = (page.colour(int(obj_id)), _ALPHA / 255)
+    return gr.Brush(colors=[paint], default_color=paint, color_mode="fixed")

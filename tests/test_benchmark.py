@@ -322,7 +322,6 @@ def test_mistakes_that_argparse_finds(model_dir, capsys, arguments, message):
     ("arguments", "message"),
     [
         (["--dtype", "int8"], '`dtype` "int8" needs the backend'),
-        (["--preset", "quick"], "must be one of accurate, standard, fast, got 'quick'"),
         (["--peers", "--peers-python", "nowhere/python"], "scripts/make_peers_env.sh makes one"),
         (["--plot", "figure.gif"], "A plot is written as .png, .svg, .pdf"),
         (["--sizes", "16x16", "--objects", "100"], "100 objects do not fit 16x16 pixels"),

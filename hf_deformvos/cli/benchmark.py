@@ -34,7 +34,6 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--preset",
         choices=PRESET_NAMES,
-        default="accurate",
         help="precision and size at once, as in `segment` (default accurate)",
     )
     parser.add_argument(
@@ -193,7 +192,7 @@ def engine_config(arguments: argparse.Namespace):
     from ..inference import PRESETS, resolve_device
     from .segment import default_model
 
-    preset = PRESETS[arguments.preset]
+    preset = PRESETS[arguments.preset or "accurate"]
     dtype = arguments.dtype or preset.resolve_dtype(resolve_device(arguments.device))
     config = EngineConfig(
         model=arguments.model or default_model(),

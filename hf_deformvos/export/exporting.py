@@ -37,7 +37,6 @@ def export_model(
     format: str = "onnx",
     dtype: str = "float32",
     calibration: str | os.PathLike | None = None,
-    calibration_mask: str | os.PathLike | None = None,
     overwrite: bool = False,
 ) -> Path:
     """
@@ -49,10 +48,9 @@ def export_model(
         format (`str`, defaults to `"onnx"`):
             `"onnx"`: ONNX files of opset 18 and a module that runs them on NumPy, Pillow and onnxruntime. `"torch"`:
             programs for `torch.export.load`.
-        dtype (`str`, defaults to `"float32"`): `"int8"` quantises the convolutions that gain by it; ONNX alone.
+        dtype (`str`, defaults to `"float32"`): `"int8"` quantises the encoder's convolutions but for those that it hurts; ONNX alone.
         calibration (`str` or `os.PathLike`, *optional*):
             A video whose frames tell `"int8"` the ranges of activations; the example clip of a checkout by default.
-        calibration_mask (`str` or `os.PathLike`, *optional*): the mask of its first frame.
         overwrite (`bool`, defaults to `False`): whether to replace an export in `out`.
 
     Returns:
@@ -63,7 +61,7 @@ def export_model(
             exported.
         OSError: if there is no such model.
     """
-    _check_options(format, dtype, calibration, calibration_mask)
+    _check_options(format, dtype, calibration)
     out = Path(out)
     _check_target(out, overwrite)
     loaded, _ = load_for_inference(str(model), device="cpu")
@@ -85,7 +83,9 @@ def export_model(
         if dtype == "int8":
             from .quantization import quantize
 
-            quantize(part, calibration, calibration_mask)
+            settings["dtype"] = "int8"
+            settings["quantization"] = quantize(part, calibration)
+            write_settings(part, settings)
         _finish(part)
         if out.exists():
             shutil.rmtree(out)
@@ -93,16 +93,12 @@ def export_model(
     return out
 
 
-def _check_options(format: str, dtype: str, calibration, calibration_mask):
+def _check_options(format: str, dtype: str, calibration):
     for name, value, known in (("format", format, FORMATS), ("dtype", dtype, DTYPES)):
         if value not in known:
             raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}.")
     if dtype == "int8" and format != "onnx":
         raise ValueError(f"`dtype` int8 is there for `format` onnx alone, got {format!r}.")
-    if (calibration is None) != (calibration_mask is None):
-        raise ValueError(
-            "`calibration` and `calibration_mask` belong together: a video and the mask of its first frame."
-        )
     if calibration is not None and dtype != "int8":
         raise ValueError(f"`calibration` is for `dtype` int8, got {dtype!r}.")
 

@@ -48,7 +48,8 @@ def export_model(
         format (`str`, defaults to `"onnx"`):
             `"onnx"`: ONNX files of opset 18 and a module that runs them on NumPy, Pillow and onnxruntime. `"torch"`:
             programs for `torch.export.load`.
-        dtype (`str`, defaults to `"float32"`): `"int8"` quantises the encoder's convolutions but for those that it hurts; ONNX alone.
+        dtype (`str`, defaults to `"float32"`):
+            `"int8"` quantises the encoder's convolutions but for those that it hurts; ONNX alone.
         calibration (`str` or `os.PathLike`, *optional*):
             A video whose frames tell `"int8"` the ranges of activations; the example clip of a checkout by default.
         overwrite (`bool`, defaults to `False`): whether to replace an export in `out`.
@@ -200,8 +201,8 @@ _README = {
     "onnx": """\
 # DeformVOS in ONNX ({dtype})
 
-`deformvos export` wrote this folder from `{source_name}`. It segments objects through a video from their masks in one
-frame, and needs NumPy, Pillow and onnxruntime alone; PyAV, if the video is a file.
+`deformvos export` wrote this folder from `{source_name}`. It segments objects through a video from their masks
+in one frame, and needs NumPy, Pillow and onnxruntime alone; PyAV, if the video is a file.
 
 ```python
 import sys
@@ -232,15 +233,15 @@ The graphs keep no state; the session does:
 |---|---|---|
 | `encode.onnx` | frame | its features |
 | `start.onnx` | features' tokens, given masks | the memory of a first frame |
-| `read.onnx` | features, memory, channels in use | logits, probabilities, and what the frame's memory is written from |
+| `read.onnx` | features, memory, channels in use | logits, probabilities, what the frame's memory is written from |
 | `write.onnx` | probabilities, what `read` gave | the values of the frame's memory |
 """,
     "torch": """\
 # DeformVOS as programs of torch.export ({dtype})
 
-`deformvos export` wrote this folder from `{source_name}`. The programs keep no state: `encode`, `start`, `read` and
-`write`, each `torch.export.load("encode.pt2").module()`. `hf_deformvos.inference.load_for_inference` runs the folder as a
-whole, and so do `deformvos segment --model FOLDER` and `deformvos evaluate --model FOLDER`.
+`deformvos export` wrote this folder from `{source_name}`. The programs keep no state: `encode`, `start`, `read`
+and `write`, each `torch.export.load("encode.pt2").module()`. `deformvos segment --model FOLDER`,
+`deformvos evaluate --model FOLDER` and `hf_deformvos.inference.load_for_inference` run the folder as a whole.
 """,
 }
 

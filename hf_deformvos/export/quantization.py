@@ -16,17 +16,17 @@ from .onnx_session import OnnxDeformVosProcessor
 # Frames taken from the calibration video, evenly over its first _SPAN.
 _NUM_FRAMES = 12
 _SPAN = 240
-# A convolution that alone moves an output of the encoder by more than this share of its norm stays in float. Of the
-# released student these are the first four, whose few channels differ in scale by orders of magnitude.
+# A convolution that alone moves an output of the encoder by more than this share of its norm stays in float. Of
+# the released student these are the first four, whose few channels differ in scale by orders of magnitude.
 _MAX_ERROR = 0.05
 _EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "bunny.mp4"
 
 
 def quantize(folder: Path, calibration: str | os.PathLike | None = None) -> dict:
     """
-    Quantise `encode.onnx` of an exported folder in place: weights a channel, activations a tensor, 8 bits, as QDQ pairs
-    around convolutions and the ReLU6 behind them. The other graphs stay in float: `read` in int8 is as exact, and no
-    faster.
+    Quantise `encode.onnx` of an exported folder in place: weights a channel, activations a tensor, 8 bits, as QDQ
+    pairs around convolutions and the ReLU6 behind them. The other graphs stay in float: `read` in int8 would be exact
+    enough, but no faster.
 
     Args:
         folder (`Path`): what was exported in float32.
@@ -135,9 +135,7 @@ def _run(model, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return session.run(None, inputs)
 
 

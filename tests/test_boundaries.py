@@ -121,5 +121,5 @@ def test_command_line_starts_without_the_extras():
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=240)
     assert result.returncode == 0, result.stderr
-    for command in ("segment", "evaluate", "score", "publish", "publish-space", "push-dataset"):
+    for command in ("segment", "evaluate", "score", "export", "publish", "publish-space", "push-dataset"):
         assert command in result.stdout

@@ -24,14 +24,13 @@ def add_parser(subparsers) -> None:
         "--dtype",
         choices=("float32", "int8"),
         default="float32",
-        help="int8 quantises the convolutions that gain by it; onnx alone (default float32)",
+        help="int8 quantises the encoder but for convolutions that it hurts; onnx alone (default float32)",
     )
     parser.add_argument(
         "--calibration",
         metavar="VIDEO",
         help="int8: video whose frames tell the ranges of values (default: the example clip of a checkout)",
     )
-    parser.add_argument("--calibration-mask", metavar="PNG", help="int8: mask of its first frame")
     parser.add_argument("--overwrite", action="store_true", help="replace an export in OUT")
     parser.set_defaults(run=run)
 
@@ -46,7 +45,6 @@ def run(arguments: argparse.Namespace) -> int:
         format=arguments.format,
         dtype=arguments.dtype,
         calibration=arguments.calibration,
-        calibration_mask=arguments.calibration_mask,
         overwrite=arguments.overwrite,
     )
     files = sorted(file for file in out.iterdir() if file.is_file())

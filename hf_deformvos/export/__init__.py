@@ -1,4 +1,4 @@
-"""The network as graphs whose memory goes in and comes out as tensors, and a session that runs them without PyTorch."""
+"""The network as graphs whose memory goes in and comes out as tensors, and sessions on them without PyTorch."""
 
 from .exporting import DTYPES, FORMATS, export_model
 

@@ -37,7 +37,6 @@ def export_model(
     format: str = "onnx",
     dtype: str = "float32",
     calibration: str | os.PathLike | None = None,
-    calibration_mask: str | os.PathLike | None = None,
     overwrite: bool = False,
 ) -> Path:
     """
@@ -49,10 +48,10 @@ def export_model(
         format (`str`, defaults to `"onnx"`):
             `"onnx"`: ONNX files of opset 18 and a module that runs them on NumPy, Pillow and onnxruntime. `"torch"`:
             programs for `torch.export.load`.
-        dtype (`str`, defaults to `"float32"`): `"int8"` quantises the convolutions that gain by it; ONNX alone.
+        dtype (`str`, defaults to `"float32"`):
+            `"int8"` quantises the encoder's convolutions but for those that it hurts; ONNX alone.
         calibration (`str` or `os.PathLike`, *optional*):
             A video whose frames tell `"int8"` the ranges of activations; the example clip of a checkout by default.
-        calibration_mask (`str` or `os.PathLike`, *optional*): the mask of its first frame.
         overwrite (`bool`, defaults to `False`): whether to replace an export in `out`.
 
     Returns:
@@ -63,7 +62,7 @@ def export_model(
             exported.
         OSError: if there is no such model.
     """
-    _check_options(format, dtype, calibration, calibration_mask)
+    _check_options(format, dtype, calibration)
     out = Path(out)
     _check_target(out, overwrite)
     loaded, _ = load_for_inference(str(model), device="cpu")
@@ -85,7 +84,9 @@ def export_model(
         if dtype == "int8":
             from .quantization import quantize
 
-            quantize(part, calibration, calibration_mask)
+            settings["dtype"] = "int8"
+            settings["quantization"] = quantize(part, calibration)
+            write_settings(part, settings)
         _finish(part)
         if out.exists():
             shutil.rmtree(out)
@@ -93,16 +94,12 @@ def export_model(
     return out
 
 
-def _check_options(format: str, dtype: str, calibration, calibration_mask):
+def _check_options(format: str, dtype: str, calibration):
     for name, value, known in (("format", format, FORMATS), ("dtype", dtype, DTYPES)):
         if value not in known:
             raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}.")
     if dtype == "int8" and format != "onnx":
         raise ValueError(f"`dtype` int8 is there for `format` onnx alone, got {format!r}.")
-    if (calibration is None) != (calibration_mask is None):
-        raise ValueError(
-            "`calibration` and `calibration_mask` belong together: a video and the mask of its first frame."
-        )
     if calibration is not None and dtype != "int8":
         raise ValueError(f"`calibration` is for `dtype` int8, got {dtype!r}.")
 
@@ -204,8 +201,8 @@ _README = {
     "onnx": """\
 # DeformVOS in ONNX ({dtype})
 
-`deformvos export` wrote this folder from `{source_name}`. It segments objects through a video from their masks in one
-frame, and needs NumPy, Pillow and onnxruntime alone; PyAV, if the video is a file.
+`deformvos export` wrote this folder from `{source_name}`. It segments objects through a video from their masks
+in one frame, and needs NumPy, Pillow and onnxruntime alone; PyAV, if the video is a file.
 
 ```python
 import sys
@@ -236,15 +233,15 @@ The graphs keep no state; the session does:
 |---|---|---|
 | `encode.onnx` | frame | its features |
 | `start.onnx` | features' tokens, given masks | the memory of a first frame |
-| `read.onnx` | features, memory, channels in use | logits, probabilities, and what the frame's memory is written from |
+| `read.onnx` | features, memory, channels in use | logits, probabilities, what the frame's memory is written from |
 | `write.onnx` | probabilities, what `read` gave | the values of the frame's memory |
 """,
     "torch": """\
 # DeformVOS as programs of torch.export ({dtype})
 
-`deformvos export` wrote this folder from `{source_name}`. The programs keep no state: `encode`, `start`, `read` and
-`write`, each `torch.export.load("encode.pt2").module()`. `hf_deformvos.inference.load_for_inference` runs the folder as a
-whole, and so do `deformvos segment --model FOLDER` and `deformvos evaluate --model FOLDER`.
+`deformvos export` wrote this folder from `{source_name}`. The programs keep no state: `encode`, `start`, `read`
+and `write`, each `torch.export.load("encode.pt2").module()`. `deformvos segment --model FOLDER`,
+`deformvos evaluate --model FOLDER` and `hf_deformvos.inference.load_for_inference` run the folder as a whole.
 """,
 }
 

@@ -192,8 +192,8 @@ def _example_length(axis: Axis) -> int:
 
 def build_graphs(model: DeformVosModel) -> list[Graph]:
     """
-    The graphs of a model: `encode`, `start`, `read` and `write`. In their shapes `h` and `w` are the sides of the token
-    grid, `groups` the groups of objects and `slots` the long-term frames.
+    The graphs of a model: `encode`, `start`, `read` and `write`. In their shapes `h` and `w` are the sides of the
+    token grid, `groups` the groups of objects and `slots` the long-term frames.
 
     Args:
         model ([`DeformVosModel`]): in evaluation mode, on the CPU, in float32.
@@ -257,9 +257,9 @@ def export_program(graph: Graph) -> torch.export.ExportedProgram:
 
 def _remove_assertions(program: torch.export.ExportedProgram):
     """
-    Take the checks of sizes out of a program. Tracing holds a length of 1 for a special case, whose strides differ, and
-    asserts of axes that it saw with another length that they never have it: a single group of objects would be refused.
-    The operators are the same for it.
+    Take the checks of sizes out of a program. Tracing holds a length of 1 for a special case, whose strides differ,
+    and asserts of axes that it saw with another length that they never have it: a single group of objects would be
+    refused. The operators are the same for it.
     """
     for node in list(program.graph.nodes):
         if node.target is torch.ops.aten._assert_scalar.default:

@@ -1,8 +1,8 @@
 """
 Video object segmentation with an exported DeformVOS: sessions on NumPy, Pillow and onnxruntime, nothing else.
 
-The API is the PyTorch package's. This file needs nothing of that package: `deformvos export` puts a copy of it beside the
-graphs, as `deformvos_onnx.py`.
+The API is the PyTorch package's. This file needs nothing of that package: `deformvos export` puts a copy of it beside
+the graphs, as `deformvos_onnx.py`.
 
 Example:
 
@@ -124,7 +124,7 @@ class OnnxGraphs:
 
 class OnnxDeformVos:
     """
-    The network, with its processor as `processor`. It holds no state of a video: any number of sessions can run on one.
+    The network, with its processor as `processor`. It holds no state of a video: any number of sessions can share it.
 
     Args:
         graphs (`Callable[[str, dict], dict]`): runs a graph by its name, arrays by name in and out.
@@ -683,7 +683,7 @@ class MemoryFrame:
     Attributes:
         frame_idx (`int`): its position in the video.
         keys, values (`np.ndarray` of shapes `(L, key_size, h, w)` and `(L, value_size * (1 + G), h, w)`).
-        identification (`np.ndarray` of shape `(L - 1, G, hidden_size, h, w)`, *optional*): of models of several layers.
+        identification (`np.ndarray` of shape `(L - 1, G, hidden_size, h, w)`, *optional*): of several layers.
         masks (`np.ndarray` of shape `(G, 1 + max_objects, 4h-3, 4w-3)`): probabilities of background and slots.
         is_reference (`bool`): whether the user gave masks on this frame.
     """
@@ -774,8 +774,8 @@ class MemoryBank:
 
 class OnnxInferenceSession:
     """
-    State of one video's segmentation. Made by [`OnnxDeformVosProcessor.init_video_session`]; any number of sessions can
-    run on one model.
+    State of one video's segmentation. Made by [`OnnxDeformVosProcessor.init_video_session`]; any number of sessions
+    can run on one model.
 
     Args:
         video (sequence or iterable of frames, *optional*):

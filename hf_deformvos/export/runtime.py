@@ -73,7 +73,7 @@ class ExportedProcessor(OnnxDeformVosProcessor):
         long_term_slots: int | None = None,
         device: torch.device | str | None = None,
     ) -> OnnxInferenceSession:
-        """Open a session; see [`DeformVosProcessor.init_video_session`]. The device is the CPU and the dtype float32."""
+        """Open a session; see [`DeformVosProcessor.init_video_session`]. On the CPU, in float32."""
         if dtype not in (None, "float32", torch.float32):
             raise ValueError(f"An exported model takes float32 frames, got {dtype}; export it with another `dtype`.")
         return super().init_video_session(video, short_side, memory_interval, long_term_slots)

@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import metadata_load
 from workspace import DemoError, Workspace
 
-from hf_deformvos.inference import load_for_inference, size_option
+from hf_deformvos.inference import PRESETS, fastest_dtype, load_for_inference, resolve_device, size_option
 from hf_deformvos.video import BackgroundWorker, prefetch
 
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 DIRECTIONS = ("forwards", "backwards", "both")
 # What each quality makes of a frame's short side; None is the size that the model was made for.
-QUALITIES: dict[str, int | None] = {"Fast": 320, "Standard": None}
+QUALITIES: dict[str, int | None] = {name.capitalize(): PRESETS[name].short_side for name in ("fast", "standard")}
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _HERE = Path(__file__).resolve().parent
@@ -34,8 +34,6 @@ _HERE = Path(__file__).resolve().parent
 _QUEUE_DEPTH = 3
 # Seconds over which the speed is measured.
 _SPEED_WINDOW = 5.0
-# bfloat16 must be so much faster than float32 to be worth its rounding.
-_WORTHWHILE = 0.75
 
 
 @dataclass(frozen=True)
@@ -95,32 +93,15 @@ def _label(name: str) -> str:
 @cache
 def native_dtype() -> str:
     """
-    The precision to compute in: bfloat16 where this machine is the faster for it, by a short measurement on a CPU,
-    else float32. The environment variable `DEFORMVOS_DTYPE` decides without measuring.
+    The precision to compute in: the one in which this machine is fastest, or what the environment variable
+    `DEFORMVOS_DTYPE` says.
     """
     chosen = os.environ.get("DEFORMVOS_DTYPE", "").strip()
     if chosen and chosen not in _DTYPES:
         raise ValueError(f"The environment variable DEFORMVOS_DTYPE must be one of {_DTYPES}, got {chosen!r}.")
     if chosen:
         return chosen
-    if torch.cuda.is_available():
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    if torch.backends.mps.is_available():
-        return "float32"
-    seconds = {name: _probe_seconds(getattr(torch, name)) for name in ("float32", "bfloat16")}
-    return "bfloat16" if seconds["bfloat16"] < _WORTHWHILE * seconds["float32"] else "float32"
-
-
-@torch.inference_mode()
-def _probe_seconds(dtype: torch.dtype) -> float:
-    """Seconds of one convolution of the network's kind; the least of some, since other programs run as well."""
-    pixels, kernel = torch.ones(1, 256, 31, 55, dtype=dtype), torch.ones(256, 256, 3, 3, dtype=dtype)
-    taken = []
-    for _ in range(6):
-        started = time.perf_counter()
-        torch.nn.functional.conv2d(pixels, kernel)
-        taken.append(time.perf_counter() - started)
-    return min(taken[1:])
+    return fastest_dtype(resolve_device(None).type)
 
 
 class Models:

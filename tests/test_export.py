@@ -26,6 +26,7 @@ from hf_deformvos.export.onnx_session import (
     MemoryFrame,
     OnnxDeformVos,
     OnnxDeformVosProcessor,
+    OnnxGraphs,
     resize_bilinear,
     resize_nearest,
 )
@@ -623,6 +624,15 @@ def test_the_command_names_mistakes(onnx_dir, tiny_dir, tmp_path, capsys):
         assert error.startswith("error: ") and message in error, error
         assert not os.path.exists(out)
     assert (tmp_path / "full" / "thesis.txt").exists()
+
+
+def test_missing_packages_are_named(tiny_dir, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ValueError, match=r"needs onnxscript.*\[export\]"):
+        export_model(tiny_dir, tmp_path / "out")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ValueError, match="pip install onnxruntime"):
+        OnnxGraphs(tmp_path)
 
 
 def test_the_module_written_is_the_packages(onnx_dir):

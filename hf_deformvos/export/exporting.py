@@ -1,5 +1,6 @@
 """`deformvos export` as a function: a model to a folder that runs without this package, or without PyTorch at all."""
 
+import importlib
 import json
 import logging
 import os
@@ -58,8 +59,8 @@ def export_model(
         `Path`: the folder.
 
     Raises:
-        ValueError: if an option is unknown or does not fit the others, `out` holds something, or the model cannot be
-            exported.
+        ValueError: if an option is unknown or does not fit the others, `out` holds something, the model is an export
+            itself, or packages of the extra `export` are missing.
         OSError: if there is no such model.
     """
     _check_options(format, dtype, calibration)
@@ -102,6 +103,18 @@ def _check_options(format: str, dtype: str, calibration):
         raise ValueError(f"`dtype` int8 is there for `format` onnx alone, got {format!r}.")
     if calibration is not None and dtype != "int8":
         raise ValueError(f"`calibration` is for `dtype` int8, got {dtype!r}.")
+    needed = ("onnx", "onnxscript", *(["onnxruntime"] if dtype == "int8" else [])) if format == "onnx" else ()
+    missing = [name for name in needed if not _is_installed(name)]
+    if missing:
+        raise ValueError(f"This export needs {', '.join(missing)}: `pip install hf-deformvos[export]`.")
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
 
 
 def _check_target(out: Path, overwrite: bool):

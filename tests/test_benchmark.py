@@ -244,7 +244,7 @@ def test_command_line_end_to_end(tmp_path, model_dir, capsys):
     # Folding takes the batch norms' scales away and gives the convolutions biases.
     assert 0.9 * parameters < report["model"]["parameters"] <= parameters
     assert report["hardware"]["threads_per_process"] == 1 and report["rates"]["matmul_gmacs"] > 0
-    assert report["settings"] == {"frames": 2, "warmup_frames": 6}
+    assert report["settings"] == {"frames": 2, "warmup_frames": 7}
     for case in report["cases"]:
         assert list(case["stages"]) == list(STAGES) and case["gmacs"] > 0
         assert case["frame"]["median_ms"] <= case["frame"]["p95_ms"]

@@ -82,9 +82,10 @@ class Engine:
 
     @property
     def num_warmup_frames(self) -> int:
-        """Frames until the memory bank is full and has been read once."""
+        """Frames until the memory bank is full, and has been read with its newest frame as the previous one, too."""
         config = self.model.config if isinstance(self.model.config, dict) else self.model.config.to_dict()
-        return (config["long_term_slots"] - 1) * config["memory_interval"] + 2
+        # A compiler takes the two for different programs.
+        return (config["long_term_slots"] - 1) * config["memory_interval"] + 3
 
     def open_session(self):
         """A new session of this engine's device and precision."""

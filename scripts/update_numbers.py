@@ -368,8 +368,8 @@ def check_figures(record: dict, root: Path) -> list[str]:
     return problems
 
 
-def measure(data: Path, model: str, extra: list[str], root: Path = ROOT) -> Path:
-    """Run the evaluation on the whole of DAVIS-2016 val and write its record; the record's path."""
+def measure(data: Path, model: str, extra: list[str], name: str = "", root: Path = ROOT) -> Path:
+    """Run the evaluation on the whole of DAVIS-2016 val and write its record, of that name; the record's path."""
     weights, dataset = root / model / "model.safetensors", data / "davis2016-val"
     for path, what in ((weights, "the weights"), (dataset / "JPEGImages", "the frames of DAVIS-2016 val")):
         if not path.exists():
@@ -384,7 +384,7 @@ def measure(data: Path, model: str, extra: list[str], root: Path = ROOT) -> Path
         count = report["dataset"]["num_sequences"]
         raise NumbersError(f"{dataset} must hold the {NUM_SEQUENCES} sequences of DAVIS-2016 val, got {count}")
     record = as_record(report, model, weights, shlex.join(["deformvos", "evaluate", *options, "--root", dataset.name]))
-    output = root / "docs" / "numbers" / f"{Path(model).name}-davis2016-val.json"
+    output = root / "docs" / "numbers" / f"{'-'.join(filter(None, (Path(model).name, 'davis2016-val', name)))}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(record, indent=2) + "\n")
     return output
@@ -412,6 +412,7 @@ def main(arguments: list[str] | None = None) -> int:
     measuring = commands.add_parser("measure", help="evaluate, record and render")
     measuring.add_argument("--data", type=Path, required=True, help="folder that holds davis2016-val")
     measuring.add_argument("--model", default="hub_cards/deformvos-student", help="folder with the weights, in here")
+    measuring.add_argument("--name", default="", help="of a further record: MODEL-davis2016-val-NAME.json")
     measuring.add_argument("--budget", action="store_true", help="measure what the architecture costs, too")
     measuring.add_argument("extra", nargs="*", help="after --, further options of `deformvos evaluate`")
     commands.add_parser("recount", help="count the parameters of the recorded models anew, and render")
@@ -424,7 +425,7 @@ def main(arguments: list[str] | None = None) -> int:
             print("\n".join(problems) or "The texts state what was measured, with these weights.")
             return 1 if problems else 0
         if options.command == "measure":
-            written = measure(options.data.expanduser().resolve(), options.model, options.extra)
+            written = measure(options.data.expanduser().resolve(), options.model, options.extra, options.name)
             print(f"Wrote {written.relative_to(ROOT)}")
             if options.budget:
                 measure_budget()

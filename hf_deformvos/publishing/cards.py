@@ -164,7 +164,9 @@ def _metadata(facts: dict, provenance: dict, data: list[str], records: dict, nam
     known = bool(data) and set(data) <= set(provenance["data"])
     origin = facts.get("initialised_from", {}).get("name", "")
     teacher = facts.get("teacher", {})
-    results = [result for _, record in sorted(records.items()) for result in _results(record)]
+    # The Hub compares models by these: the presets' scores are in the card alone.
+    plain = [record for _, record in sorted(records.items()) if _preset(record) is None]
+    results = [result for record in plain for result in _results(record)]
     other = {} if known else {"license_name": "see-training-data"}
     return ModelCardData(
         library_name="transformers",
@@ -202,8 +204,15 @@ def _results(record: dict) -> list[EvalResult]:
 
 
 def _title(record: dict) -> str:
-    dataset = record["dataset"]
-    return f"{_TITLES.get(dataset['name'], dataset['name'])} {dataset['split']}"
+    dataset, preset = record["dataset"], _preset(record)
+    title = f"{_TITLES.get(dataset['name'], dataset['name'])} {dataset['split']}"
+    return title if preset is None else f"{title} with `--preset {preset}`"
+
+
+def _preset(record: dict) -> str | None:
+    """The preset that a record's command names."""
+    named = re.search(r"--preset[ =](\w+)", record["command"])
+    return named and named[1]
 
 
 def _as_published(record: dict, repo_id: str) -> dict:
@@ -232,7 +241,7 @@ def _score(name: str, record: dict, provenance: dict, markers: bool) -> dict:
         "source": provenance["benchmarks"].get(record["dataset"]["name"]),
         "has_root": "--root" in record["command"],
         "means": block("", measurements.render_means(record)),
-        "sequences": block(".sequences", measurements.render_sequences(record)),
+        "sequences": block(".sequences", measurements.render_sequences(record)) if _preset(record) is None else None,
         "speed": measurements.render_speed(record),
     }
 

@@ -47,7 +47,7 @@ class Preset:
 PRESETS = {
     "accurate": Preset(dtype="float32"),
     "standard": Preset(),
-    "fast": Preset(short_side=352),
+    "fast": Preset(short_side=320),
 }
 
 

@@ -31,6 +31,11 @@ _DIRECTIONS = [
     ("To the end", "forwards"),
     ("To the beginning", "backwards"),
 ]
+# Which tool is open when the event is sent: reading the editor takes a while, and another tab may be open by then.
+_OPEN_TOOL = """(tool, ...others) => {
+    const tab = document.querySelector('#tools [role="tab"][aria-selected="true"]');
+    return [tab ? tab.dataset.tabId : tool, ...others];
+}"""
 _TO_STEP = "() => {{ document.getElementById('step-{}').scrollIntoView({{behavior: 'smooth'}}); }}"
 
 
@@ -101,6 +106,7 @@ def _build_mark(ui: SimpleNamespace):
 
 
 def _build_tools(ui: SimpleNamespace):
+    ui.tool = gr.Textbox("brush", visible=False)
     with gr.Tabs(selected="brush", elem_id="tools") as ui.tools:
         with gr.Tab("Brush", id="brush") as ui.brush_tab:
             gr.HTML(page.hint(page.BRUSH_HINT))
@@ -113,7 +119,7 @@ def _build_tools(ui: SimpleNamespace):
                 layers=False,
                 brush=brush(1),
                 eraser=gr.Eraser(),
-                canvas_size=(640, 360),
+                canvas_size=(16, 16),  # of pictures that are smaller, Gradio puts the layers elsewhere
                 height=440,
                 buttons=[],
                 elem_id="editor",
@@ -232,8 +238,8 @@ def _connect_mark(ui: SimpleNamespace, steps: Steps):
     ui.frame.change(steps.go_to_frame, [ui.frame, *painted], frame, trigger_mode="always_last", **one).then(
         steps.settle, [ui.frame, ui.editing], frame, **one
     )
-    for tool, tab in (("brush", ui.brush_tab), ("box", ui.box_tab), ("file", ui.file_tab)):
-        tab.select(steps.use_tool(tool), painted, frame, **quiet)
+    opened = [tab.select for tab in (ui.brush_tab, ui.box_tab, ui.file_tab)]
+    gr.on(opened, steps.use_tool, [ui.tool, *painted], frame, js=_OPEN_TOOL, trigger_mode="always_last", **one)
     ui.objects.input(steps.choose_object, [ui.objects, ui.editing], [ui.name, ui.editor], queue=False, **quiet)
     ui.add.click(steps.add_object, ui.editing, [ui.objects, ui.name, ui.add, ui.editor], queue=False, **quiet)
     renamed = [ui.objects, ui.marked, ui.plot]
@@ -254,8 +260,8 @@ def _connect_follow(ui: SimpleNamespace, steps: Steps):
     ui.follow.click(
         steps.begin, [ui.editor, ui.editing], [*running, ui.editor, ui.resting, ui.marked], queue=False, **quiet
     ).then(steps.run, settings, running, concurrency_id="model", concurrency_limit=CONCURRENCY, **quiet).then(
-        steps.show_result, ui.editing, result, **quiet
-    )
+        steps.show_editor, ui.editing, [ui.editor, ui.resting], **quiet
+    ).then(steps.show_result, ui.editing, result, **quiet)
     ui.stop.click(steps.stop, ui.editing, ui.stop, queue=False, **quiet)
 
 

@@ -1,6 +1,6 @@
 """
-Numbers in pictures that nobody sees: the image editor does not say which picture its strokes are on, and may still
-have the last one while the next is on its way.
+Signs in pictures that nobody sees: the image editor does not say which picture its strokes are on, may still have the
+last one while the next is on its way, and shows a picture before the layer that belongs to it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ _BITS = 12
 _CHECK = np.array([1, 0, 1, 1, 0, 0, 1, 0], dtype=np.uint8)
 # A bit is one of two places in the middle of each range of sixteen blues: it stands rounding, and looks like noise.
 _RANGE, _ZERO, _ONE, _MIDDLE = 16, 4, 12, 8
+# Opacity of 255.
+_FAINT = 12
 
 
 def stamped(image: np.ndarray, number: int) -> np.ndarray:
@@ -43,4 +45,17 @@ def read_stamp(image: np.ndarray | None) -> int | None:
     return int((bits[len(_CHECK) :] << np.arange(_BITS)).sum())
 
 
-__all__ = ["NUMBERS", "read_stamp", "stamped"]
+def cornered(layer: np.ndarray) -> np.ndarray:
+    """A copy of a layer `(height, width, 4)` with four dots too faint to be seen, which tell that it has arrived."""
+    marked = layer.copy()
+    corners = marked[:: max(len(layer) - 1, 1), :: max(layer.shape[1] - 1, 1)]
+    corners[..., 3] = np.maximum(corners[..., 3], _FAINT)
+    return marked
+
+
+def has_corners(layer: np.ndarray) -> bool:
+    """Whether a layer is one of `cornered`, be it painted over."""
+    return bool((layer[:: max(len(layer) - 1, 1), :: max(layer.shape[1] - 1, 1), 3] > 0).any())
+
+
+__all__ = ["NUMBERS", "cornered", "has_corners", "read_stamp", "stamped"]

@@ -21,7 +21,7 @@ from exports import write_json, write_masks_zip, write_overlay
 from following import Models, Progress, follow
 from gradio.utils import get_upload_folder
 from marking import box_to_mask, id_map_to_layer, layers_to_id_map, mask_file_to_id_map
-from stamps import NUMBERS, read_stamp, stamped
+from stamps import NUMBERS, cornered, has_corners, read_stamp, stamped
 from workspace import LIMITS, PALETTE, DemoError, Workspace, Workspaces
 
 
@@ -35,6 +35,10 @@ EXAMPLE_NAMES = ("Rabbit", "Ruin")
 _PLAYABLE = (".mp4", ".m4v", ".mov", ".webm", ".ogv", ".ogg")
 # Painted areas let the picture shine through; above one half, or they would not count as painted.
 _ALPHA = 166
+# The brush's radius is such a part of the picture's shorter side; Gradio's own choice does not look at the picture.
+_BRUSHES = 24
+# Pixels that the box tool's picture has across, where the video has fewer.
+_BOX_WIDTH = 640
 # Seconds between two pictures of the progress of reading a file.
 _INTERVAL = 0.25
 
@@ -48,7 +52,10 @@ class Editing:
         frame (`int`): shown in step 2.
         tool (`str`): brush, box or file.
         given (`np.ndarray`, *optional*): what the editor was loaded with; what differs was painted since.
+        given_frame (`int`): the frame that the editor was loaded with.
+        is_hidden (`bool`): whether the editor was taken off the page for a run.
         load (`int`): how often the editor was loaded; its picture carries the number.
+        radius (`int`): of the brush, in pixels of the video.
         obj_id (`int`): the object that brush and box mark.
         names (`list[str]`): of the objects 1, 2 and so on.
         corner (`tuple[int, int]`, *optional*): the first corner of a box.
@@ -60,7 +67,10 @@ class Editing:
     frame: int = 0
     tool: str = "brush"
     given: np.ndarray | None = None
+    given_frame: int = 0
+    is_hidden: bool = False
     load: int = 0
+    radius: int = 15
     obj_id: int = 1
     names: list[str] = field(default_factory=lambda: ["Object 1"])
     corner: tuple[int, int] | None = None
@@ -210,20 +220,29 @@ class Steps:
         for obj_id in present:
             workspace.names[obj_id] = editing.names[obj_id - 1]
 
-    def _commit(self, workspace: Workspace, editing: Editing, editor_value: dict | None):
-        """Keeps what was painted since the editor was loaded."""
-        if editing.tool != "brush" or editing.given is None or not (editor_value or {}).get("layers"):
-            return
-        if read_stamp(editor_value.get("background")) not in (None, editing.load % NUMBERS):
-            return  # the editor still has the picture of another frame, so nothing can have been painted on this one
+    def _commit(self, workspace: Workspace, editing: Editing, editor_value: dict | None) -> bool:
+        """Keeps what was painted since the editor was loaded; whether all that it was loaded with is there."""
+        if editing.given is None or not (editor_value or {}).get("layers"):
+            return False
+        number = read_stamp(editor_value.get("background"))
+        if number not in (None, editing.load % NUMBERS):
+            return False  # it still has the picture of another frame, so nothing can have been painted on this one
         ids = layers_to_id_map(editor_value, PALETTE, self._size(workspace))
-        if not np.array_equal(ids, editing.given):
-            workspace.set_marks(editing.frame, ids)
+        has_layer = any(map(has_corners, editor_value["layers"]))
+        if not has_layer:
+            ids = np.where(ids > 0, ids, editing.given)  # its layer is still on the way: nothing was rubbed out
+        painted = ids != editing.given
+        if painted.any():
+            # Only the strokes: a box or a file may have marked more meanwhile.
+            marked = self._ids(workspace, editing.given_frame)
+            marked = editing.given if marked is None else marked
+            workspace.set_marks(editing.given_frame, np.where(painted, ids, marked))
             editing.given = ids
             self._name_objects(workspace, editing)
+        return has_layer and number is not None
 
-    def _show_frame(self, workspace: Workspace, editing: Editing) -> dict:
-        """The frame in the tool that is open, and what is marked on it."""
+    def _show_frame(self, workspace: Workspace, editing: Editing, reload: bool = True) -> dict:
+        """The frame in the tool that is open, and what is marked on it; without `reload` the editor stays as it is."""
         ui, frame_idx = self.ui, editing.frame
         ids = self._ids(workspace, frame_idx)
         editing.corner = None
@@ -234,25 +253,35 @@ class Steps:
             ui.marked: page.marked_table(workspace, editing.names, frame_idx, ids),
             ui.start: page.hint(f"Starts at {page.frame_label(workspace, frame_idx)}, the one shown above."),
         }
-        if editing.tool == "brush":
+        if editing.tool == "brush" and reload:
             image = workspace.frames[frame_idx]
             editing.given = np.zeros(image.shape[:2], dtype=np.uint8) if ids is None else ids
-            layer = id_map_to_layer(editing.given, PALETTE, _ALPHA)
+            editing.given_frame, editing.is_hidden = frame_idx, editing.is_running
+            layer = cornered(id_map_to_layer(editing.given, PALETTE, _ALPHA))
             editing.load += 1
+            editing.radius = max(round(min(image.shape[:2]) / _BRUSHES), 2)
             image = stamped(image, editing.load % NUMBERS)
             updates[ui.editor] = gr.update(
                 value={"background": image, "layers": [layer], "composite": None},
-                brush=brush(editing.obj_id),
+                brush=brush(editing.obj_id, editing.radius),
+                eraser=gr.Eraser(default_size=editing.radius),
                 visible=not editing.is_running,
             )
             updates[ui.resting] = self._resting(workspace, editing) if editing.is_running else ""
-        elif editing.tool == "box":
-            updates[ui.box_picture] = self._marked(workspace, frame_idx)
+        if editing.tool == "box":
+            updates[ui.box_picture] = self._enlarged(workspace, frame_idx)
             updates[ui.box_hint] = page.hint(page.BOX_HINT)
-        else:
+        if editing.tool == "file":
             text = f"{page.frame_label(workspace, frame_idx)}, as it is marked"
             updates[ui.file_picture] = page.picture(self._marked(workspace, frame_idx), text.capitalize())
         return updates
+
+    def _is_in_editor(self, workspace: Workspace, editing: Editing) -> bool:
+        """Whether the editor was loaded with the frame as it is marked now."""
+        if editing.is_hidden or editing.given_frame != editing.frame:
+            return False
+        ids = self._ids(workspace, editing.frame)
+        return np.array_equal(editing.given, np.zeros_like(editing.given) if ids is None else ids)
 
     def _resting(self, workspace: Workspace, editing: Editing) -> str:
         """What stands in the editor's place during a run: Gradio reads the editor with every sign of progress."""
@@ -263,6 +292,17 @@ class Steps:
     def _marked(workspace: Workspace, frame_idx: int) -> np.ndarray:
         """A frame as its marks, else its result, have it."""
         return workspace.overlay(frame_idx)
+
+    @staticmethod
+    def _enlargement(workspace: Workspace) -> int:
+        """How much larger the box tool shows a small video: Gradio shows pictures at their own size at most."""
+        return max(_BOX_WIDTH // workspace.facts.width, 1)
+
+    def _enlarged(self, workspace: Workspace, frame_idx: int) -> np.ndarray:
+        """A frame with its marks for the box tool."""
+        times = self._enlargement(workspace)
+        image = self._marked(workspace, frame_idx)
+        return image if times == 1 else cv2.resize(image, None, fx=times, fy=times, interpolation=cv2.INTER_CUBIC)
 
     def _objects(self, editing: Editing) -> dict:
         choices = [(name or f"Object {i}", i) for i, name in enumerate(editing.names, start=1)]
@@ -288,25 +328,28 @@ class Steps:
         editing.frame = frame_idx
         return self._show_frame(workspace, editing)
 
-    def use_tool(self, tool: str):
-        """The event of opening a tool: brush, box or file."""
-
-        @guarded
-        def event(editor_value: dict, editing: Editing, request: gr.Request) -> dict:
-            workspace = self._workspace(request)
-            if workspace.facts is None or tool == editing.tool:
-                return gr.skip()
-            self._commit(workspace, editing, editor_value)
-            editing.tool = tool
-            return self._show_frame(workspace, editing)
-
-        return event
+    @guarded
+    def use_tool(self, tool: str, editor_value: dict, editing: Editing, request: gr.Request) -> dict:
+        """A tool was opened: brush, box or file."""
+        workspace = self._workspace(request)
+        if workspace.facts is None:
+            return gr.skip()
+        has_arrived = self._commit(workspace, editing, editor_value)
+        if tool == editing.tool:
+            return gr.skip()
+        editing.tool = tool
+        # Loading wipes out strokes that are painted meanwhile.
+        is_there = has_arrived and self._is_in_editor(workspace, editing)
+        return self._show_frame(workspace, editing, reload=not is_there)
 
     @guarded
     def choose_object(self, obj_id: int, editing: Editing) -> dict:
         """Another object to mark, in its own colour."""
         editing.obj_id = int(obj_id)
-        return {self.ui.name: editing.names[editing.obj_id - 1], self.ui.editor: gr.update(brush=brush(obj_id))}
+        return {
+            self.ui.name: editing.names[editing.obj_id - 1],
+            self.ui.editor: gr.update(brush=brush(editing.obj_id, editing.radius)),
+        }
 
     @guarded
     def add_object(self, editing: Editing) -> dict:
@@ -318,7 +361,7 @@ class Steps:
         return {
             self.ui.objects: self._objects(editing),
             self.ui.name: editing.names[-1],
-            self.ui.editor: gr.update(brush=brush(editing.obj_id)),
+            self.ui.editor: gr.update(brush=brush(editing.obj_id, editing.radius)),
             self.ui.add: gr.update(interactive=len(editing.names) < LIMITS.max_objects),
         }
 
@@ -341,17 +384,14 @@ class Steps:
     @guarded
     def click_corner(self, editing: Editing, request: gr.Request, event: gr.SelectData) -> dict:
         """A click on the picture of the box tool: the first corner, or the second."""
-        workspace, point = self._workspace(request), (int(event.index[0]), int(event.index[1]))
+        workspace, place = self._workspace(request), (int(event.index[0]), int(event.index[1]))
+        self._size(workspace)
+        editing.tool = "box"
+        point = tuple(number // self._enlargement(workspace) for number in place)
         if editing.corner is None:
             editing.corner = point
-            image = cv2.drawMarker(
-                self._marked(workspace, editing.frame),
-                point,
-                PALETTE[editing.obj_id].tolist(),
-                cv2.MARKER_CROSS,
-                24,
-                3,
-            )
+            image, shade = self._enlarged(workspace, editing.frame), PALETTE[editing.obj_id].tolist()
+            image = cv2.drawMarker(image, place, shade, cv2.MARKER_CROSS, 24, 3)
             return {
                 self.ui.box_picture: image,
                 self.ui.box_hint: page.note(page.BOX_SECOND),
@@ -373,7 +413,7 @@ class Steps:
 
     def _mark_box(self, workspace: Workspace, editing: Editing, box: tuple) -> dict:
         size, obj_id = self._size(workspace), editing.obj_id
-        editing.corner = None
+        editing.tool, editing.corner = "box", None
         found = box_to_mask(workspace.frames[editing.frame], box)
         ids = self._ids(workspace, editing.frame)
         ids = np.zeros(size, dtype=np.uint8) if ids is None else ids.copy()
@@ -393,6 +433,7 @@ class Steps:
         if path is None:
             return gr.skip()
         workspace = self._workspace(request)
+        editing.tool = "file"
         workspace.set_marks(editing.frame, mask_file_to_id_map(path, self._size(workspace)))
         self._name_objects(workspace, editing)
         return self._show_frame(workspace, editing)
@@ -424,7 +465,7 @@ class Steps:
         except Exception:
             logger.exception("A run did not begin.")
             return {self.ui.run_status: page.alert(page.UNEXPECTED)}
-        editing.is_running, editing.is_cancelled = True, False
+        editing.is_running, editing.is_cancelled, editing.is_hidden = True, False, True
         return {
             self.ui.follow: gr.update(interactive=False),
             self.ui.stop: gr.update(interactive=True),
@@ -480,6 +521,12 @@ class Steps:
         return {self.ui.follow: gr.update(interactive=True), self.ui.stop: gr.update(interactive=False)}
 
     # 4 Result
+
+    def show_editor(self, editing: Editing) -> dict:
+        """Puts the editor on the page again; a picture that came along with it would not be shown."""
+        if editing.is_running:
+            return gr.skip()
+        return {self.ui.editor: gr.update(visible=True), self.ui.resting: ""}
 
     def _export(self, workspace: Workspace, editing: Editing, facts: dict) -> Iterator[dict]:
         """Writes the downloads."""
@@ -611,7 +658,7 @@ def run_facts(model: str, quality: str, direction: str, start: int, progress: Pr
     }
 
 
-def brush(obj_id: int) -> gr.Brush:
+def brush(obj_id: int, radius: int = 15) -> gr.Brush:
     """The brush of an object: its colour and no other, so that nothing is painted that belongs to no object."""
     paint = (page.colour(int(obj_id)), _ALPHA / 255)
-    return gr.Brush(colors=[paint], default_color=paint, color_mode="fixed")
+    return gr.Brush(default_size=radius, colors=[paint], default_color=paint, color_mode="fixed")

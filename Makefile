@@ -24,7 +24,7 @@ FULL := $(VENV)/.installed-full
 INSTALL = $(BIN)/python -m pip install -c constraints.txt $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env segment demo test check style numbers numbers-check clean
+.PHONY: help env segment demo browser test check style numbers numbers-check clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -60,7 +60,17 @@ segment: $(CORE)  ## follow two objects through the example clip with the bundle
 demo: $(DEMO)  ## serve the browser demo at http://127.0.0.1:7860
 	$(BIN)/python demo/app.py
 
-test: $(FULL)  ## make the environment and pass every check: lint, format, tests
+# The tests of the page drive a real browser. Where none can be installed, they skip and say so.
+browser:
+	@if command -v chromium chromium-browser google-chrome google-chrome-stable >/dev/null 2>&1 || [ -n "$(CHROMIUM)" ]; then :; \
+	elif ! command -v apt-get >/dev/null 2>&1; then echo "No Chromium here: tests of the page are skipped"; \
+	else echo "Installing Chromium, which the tests of the page drive"; \
+		sudo=$$([ "$$(id -u)" = 0 ] || echo "sudo -n"); \
+		{ $$sudo apt-get update -qq && $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+			chromium fonts-dejavu-core >/dev/null; } \
+		|| echo "Chromium could not be installed (apt-get install chromium): tests of the page are skipped"; fi
+
+test: $(FULL) browser  ## make the environment and pass every check: lint, format, tests
 	@echo "[1/3] ruff check"
 	@$(BIN)/python -m ruff check .
 	@echo "[2/3] ruff format --check"

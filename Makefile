@@ -62,8 +62,9 @@ demo: $(DEMO)  ## serve the browser demo at http://127.0.0.1:7860
 
 # The tests of the page drive a real browser. Where none can be installed, they skip and say so.
 browser:
-	@if command -v chromium chromium-browser google-chrome google-chrome-stable >/dev/null 2>&1 || [ -n "$(CHROMIUM)" ]; then :; \
-	elif ! command -v apt-get >/dev/null 2>&1; then echo "No Chromium here: tests of the page are skipped"; \
+	@for name in "$(CHROMIUM)" chromium chromium-browser google-chrome google-chrome-stable; do \
+		if [ -n "$$name" ] && command -v "$$name" >/dev/null 2>&1; then exit 0; fi; done; \
+	if ! command -v apt-get >/dev/null 2>&1; then echo "No Chromium here: tests of the page are skipped"; \
 	else echo "Installing Chromium, which the tests of the page drive"; \
 		sudo=$$([ "$$(id -u)" = 0 ] || echo "sudo -n"); \
 		{ $$sudo apt-get update -qq && $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \

@@ -204,6 +204,8 @@ def _upsample(logits: torch.Tensor, original_size: tuple[int, int]) -> torch.Ten
 
 def winners(logits: torch.Tensor) -> torch.Tensor:
     """`(N, 1, H, W)` logits against the background to the winner a pixel `(H, W)`: 0 background, n the n-th object."""
+    if len(logits) == 1:
+        return (logits[0, 0] > 0).long()
     best, index = logits.squeeze(1).max(dim=0)
     return (index + 1).masked_fill_(best <= 0, 0)
 

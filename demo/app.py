@@ -36,6 +36,9 @@ _OPEN_TOOL = """(tool, ...others) => {
     const tab = document.querySelector('#tools [role="tab"][aria-selected="true"]');
     return [tab ? tab.dataset.tabId : tool, ...others];
 }"""
+# Marking is done and shown in the order in which it was asked for: an answer out of its turn would put back what a
+# newer one has changed. Visitors wait for one another, but only for fractions of a second.
+_IN_TURN = {"concurrency_id": "marking", "concurrency_limit": 1}
 _TO_STEP = "() => {{ document.getElementById('step-{}').scrollIntoView({{behavior: 'smooth'}}); }}"
 
 
@@ -100,6 +103,8 @@ def _build_mark(ui: SimpleNamespace):
                 with gr.Column(scale=1, min_width=240):
                     ui.objects = gr.Radio([("Object 1", 1)], value=1, label="Objects", elem_id="objects")
                     ui.name = gr.Textbox("Object 1", label="Name of this object", max_length=40, elem_id="name")
+                    # Whose name is in the box: another object may be chosen by the time that the name is read.
+                    ui.named = gr.Number(1, precision=0, visible=False)
                     ui.add = gr.Button("Add an object", size="sm", elem_id="add")
                     ui.clear = gr.Button("Clear this frame", size="sm", elem_id="clear")
                     ui.marked = gr.HTML(elem_id="marked_table")
@@ -210,14 +215,14 @@ def _quiet(ui: SimpleNamespace) -> dict:
 
 def _frame_outputs(ui: SimpleNamespace) -> list:
     """What shows a frame in step 2."""
-    texts = [ui.objects, ui.name, ui.add, ui.marked, ui.start, ui.box_hint, ui.file_picture]
+    texts = [ui.objects, ui.add, ui.marked, ui.start, ui.box_hint, ui.file_picture]
     return [*texts, ui.box_picture, ui.editor, ui.resting]
 
 
 def _connect_video(ui: SimpleNamespace, steps: Steps):
     quiet = _quiet(ui)
     panels = [ui.mark_empty, ui.mark_panel, ui.follow_empty, ui.follow_panel, ui.result_empty, ui.result_panel]
-    shown = [*panels, ui.run_status, ui.live, ui.frame, ui.tools, ui.mask, *_frame_outputs(ui)]
+    shown = [*panels, ui.run_status, ui.live, ui.frame, ui.tools, ui.mask, ui.name, ui.named, *_frame_outputs(ui)]
     reading = {**quiet, "concurrency_id": "reading", "concurrency_limit": 2}
     uploaded = gr.on([ui.video.upload, ui.video.stop_recording], steps.hide_steps, None, panels, **quiet)
     chosen = ui.example.click(steps.hide_steps, None, panels, **quiet)
@@ -226,27 +231,28 @@ def _connect_video(ui: SimpleNamespace, steps: Steps):
         (chosen, steps.open_example, ui.editing),
     ):
         event.then(opening, inputs, [ui.video, ui.video_status], **reading).then(
-            steps.show_video, ui.editing, shown, **quiet
+            steps.show_video, ui.editing, shown, **quiet, **_IN_TURN
         )
     ui.video.clear(steps.close_video, ui.editing, [ui.video_status, *panels, ui.run_status, ui.live], **quiet)
 
 
 def _connect_mark(ui: SimpleNamespace, steps: Steps):
-    quiet = _quiet(ui)
+    quiet = {**_quiet(ui), **_IN_TURN}
     frame, painted = _frame_outputs(ui), [ui.editor, ui.editing]
-    one = {**quiet, "concurrency_id": "frame", "concurrency_limit": 1}
-    ui.frame.change(steps.go_to_frame, [ui.frame, *painted], frame, trigger_mode="always_last", **one).then(
-        steps.settle, [ui.frame, ui.editing], frame, **one
+    ui.frame.change(steps.go_to_frame, [ui.frame, *painted], frame, trigger_mode="always_last", **quiet).then(
+        steps.settle, [ui.frame, ui.editing], frame, **quiet
     )
     opened = [tab.select for tab in (ui.brush_tab, ui.box_tab, ui.file_tab)]
-    gr.on(opened, steps.use_tool, [ui.tool, *painted], frame, js=_OPEN_TOOL, trigger_mode="always_last", **one)
-    ui.objects.input(steps.choose_object, [ui.objects, ui.editing], [ui.name, ui.editor], queue=False, **quiet)
-    ui.add.click(steps.add_object, ui.editing, [ui.objects, ui.name, ui.add, ui.editor], queue=False, **quiet)
-    renamed = [ui.objects, ui.marked, ui.plot]
-    gr.on([ui.name.blur, ui.name.submit], steps.rename_object, [ui.name, ui.editing], renamed, queue=False, **quiet)
+    gr.on(opened, steps.use_tool, [ui.tool, *painted], frame, js=_OPEN_TOOL, trigger_mode="always_last", **quiet)
+    # "multiple": by default, what is clicked or typed before the last answer has come is lost.
+    chosen = [ui.objects, ui.name, ui.named, ui.editor]
+    ui.objects.input(steps.choose_object, [ui.objects, ui.editing], chosen, trigger_mode="multiple", **quiet)
+    ui.add.click(steps.add_object, ui.editing, [*chosen, ui.add], **quiet)
+    named, renamed = [ui.name, ui.named, ui.editing], [ui.objects, ui.marked, ui.plot]
+    gr.on([ui.name.blur, ui.name.submit], steps.rename_object, named, renamed, trigger_mode="multiple", **quiet)
     ui.clear.click(steps.clear_frame, ui.editing, frame, **quiet)
     corners = [ui.left, ui.top, ui.right, ui.bottom]
-    ui.box_picture.select(steps.click_corner, ui.editing, [*frame, *corners], **quiet)
+    ui.box_picture.select(steps.click_corner, ui.editing, [*frame, *corners], trigger_mode="multiple", **quiet)
     ui.mark_box.click(steps.enter_box, [*corners, ui.editing], frame, **quiet)
     ui.mask.upload(steps.take_mask, [ui.mask, ui.editing], frame, **quiet)
 
@@ -258,10 +264,10 @@ def _connect_follow(ui: SimpleNamespace, steps: Steps):
     result = [ui.player, ui.scrub, ui.scrubbed, ui.plot, ui.get_overlay, ui.get_masks, ui.get_record]
     result += [ui.result_empty, ui.result_panel, *_frame_outputs(ui)]
     ui.follow.click(
-        steps.begin, [ui.editor, ui.editing], [*running, ui.editor, ui.resting, ui.marked], queue=False, **quiet
+        steps.begin, [ui.editor, ui.editing], [*running, ui.editor, ui.resting, ui.marked], **quiet, **_IN_TURN
     ).then(steps.run, settings, running, concurrency_id="model", concurrency_limit=CONCURRENCY, **quiet).then(
-        steps.show_editor, ui.editing, [ui.editor, ui.resting], **quiet
-    ).then(steps.show_result, ui.editing, result, **quiet)
+        steps.show_editor, ui.editing, [ui.editor, ui.resting], **quiet, **_IN_TURN
+    ).then(steps.show_result, ui.editing, result, **quiet, **_IN_TURN)
     ui.stop.click(steps.stop, ui.editing, ui.stop, queue=False, **quiet)
 
 
@@ -269,7 +275,7 @@ def _connect_result(ui: SimpleNamespace, steps: Steps):
     quiet = _quiet(ui)
     ui.scrub.change(steps.scrub, ui.scrub, ui.scrubbed, trigger_mode="always_last", queue=False, **quiet)
     marking = [ui.frame, ui.tools, ui.run_status, *_frame_outputs(ui)]
-    ui.correct.click(steps.correct, [ui.scrub, ui.editor, ui.editing], marking, **quiet).success(
+    ui.correct.click(steps.correct, [ui.scrub, ui.editor, ui.editing], marking, **quiet, **_IN_TURN).success(
         None, js=_TO_STEP.format(2)
     )
 

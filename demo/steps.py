@@ -177,6 +177,7 @@ class Steps:
             ui.frame: self._slider(workspace, editing.frame),
             ui.tools: gr.update(selected=editing.tool),
             **self._show_frame(workspace, editing),
+            **self._show_object(editing),
         }
         if editing.has_news:
             editing.has_news = False
@@ -248,7 +249,6 @@ class Steps:
         editing.corner = None
         updates = {
             ui.objects: self._objects(editing),
-            ui.name: editing.names[editing.obj_id - 1],
             ui.add: gr.update(interactive=len(editing.names) < LIMITS.max_objects),
             ui.marked: page.marked_table(workspace, editing.names, frame_idx, ids),
             ui.start: page.hint(f"Starts at {page.frame_label(workspace, frame_idx)}, the one shown above."),
@@ -305,8 +305,17 @@ class Steps:
         return image if times == 1 else cv2.resize(image, None, fx=times, fy=times, interpolation=cv2.INTER_CUBIC)
 
     def _objects(self, editing: Editing) -> dict:
+        """The objects to choose from; not which one is chosen: a visitor may be choosing or naming one just now."""
         choices = [(name or f"Object {i}", i) for i, name in enumerate(editing.names, start=1)]
-        return gr.update(choices=choices, value=editing.obj_id)
+        return gr.update(choices=choices)
+
+    def _show_object(self, editing: Editing) -> dict:
+        """The chosen object: for what chooses one, and nothing else."""
+        return {
+            self.ui.objects: gr.update(**{**self._objects(editing), "value": editing.obj_id}),
+            self.ui.name: editing.names[editing.obj_id - 1],
+            self.ui.named: editing.obj_id,
+        }
 
     @guarded
     def go_to_frame(self, frame: float, editor_value: dict, editing: Editing, request: gr.Request) -> dict:
@@ -347,7 +356,7 @@ class Steps:
         """Another object to mark, in its own colour."""
         editing.obj_id = int(obj_id)
         return {
-            self.ui.name: editing.names[editing.obj_id - 1],
+            **self._show_object(editing),
             self.ui.editor: gr.update(brush=brush(editing.obj_id, editing.radius)),
         }
 
@@ -359,20 +368,19 @@ class Steps:
         editing.names.append(f"Object {len(editing.names) + 1}")
         editing.obj_id = len(editing.names)
         return {
-            self.ui.objects: self._objects(editing),
-            self.ui.name: editing.names[-1],
+            **self._show_object(editing),
             self.ui.editor: gr.update(brush=brush(editing.obj_id, editing.radius)),
             self.ui.add: gr.update(interactive=len(editing.names) < LIMITS.max_objects),
         }
 
     @guarded
-    def rename_object(self, name: str, editing: Editing, request: gr.Request) -> dict:
-        """The name of the chosen object."""
+    def rename_object(self, name: str, obj_id: int, editing: Editing, request: gr.Request) -> dict:
+        """The name of an object; by now, another one may be chosen."""
         workspace = self._workspace(request)
-        name = " ".join((name or "").split())[:40] or f"Object {editing.obj_id}"
-        if name == editing.names[editing.obj_id - 1] or workspace.facts is None:
+        name = " ".join((name or "").split())[:40] or f"Object {obj_id}"
+        if workspace.facts is None or name == editing.names[obj_id - 1]:
             return gr.skip()
-        editing.names[editing.obj_id - 1] = name
+        editing.names[obj_id - 1] = name
         self._name_objects(workspace, editing)
         ids = self._ids(workspace, editing.frame)
         return {

@@ -7,6 +7,7 @@ One server and one browser serve all tests; every visitor is a browser context o
 import io
 import json
 import re
+import time
 import zipfile
 
 import demo_clips as clips
@@ -25,6 +26,8 @@ from hf_deformvos.video import VideoReader, colorblind_palette
 pytestmark = [pytest.mark.weights, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SIZE = (clips.WIDTH, clips.HEIGHT)
+# Without a graphics card every movement draws the window anew.
+SMALL, DESKTOP = {"width": 760, "height": 640}, {"width": 1280, "height": 1000}
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +42,15 @@ def visit(browser, demo_server):
     pages, already = [], len(demo_server.log)
 
     def visit(**options):
-        pages.append(DemoPage(browser, demo_server.url, **options))
+        pages.append(DemoPage(browser, demo_server.url, **{"viewport": SMALL, **options}))
         return pages[-1]
 
     yield visit
     problems = [problem for page in pages for problem in page.problems]
     for page in pages:
         page.close()
+    # Leaving stops runs and takes files away, which may go wrong, too, and must not go on into the next test.
+    assert_no_videos(demo_server)
     assert not problems
     assert not demo_server.failures(already)
 
@@ -59,6 +64,14 @@ def files(tmp_path_factory):
     clips.write_clip(folder / "high.mp4", 5, height=128)
     clips.write_mask(folder / "mask.png")
     return folder
+
+
+def assert_no_videos(server, seconds=60):
+    """The server comes to keep nothing of any visitor: it learns a little later that somebody has left."""
+    deadline = time.monotonic() + seconds
+    while server.videos() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert server.videos() == []
 
 
 def read_masks(path):
@@ -134,7 +147,7 @@ def paint_object(page, obj_id, box):
 
 
 def test_mask_file_to_downloads(visit, files, tmp_path):
-    page = visit()
+    page = visit(viewport=DESKTOP)
     expect(page.find("#limits")).to_contain_text("Up to 20 seconds, 2.0 MB and 4096 pixels a side")
     page.open_video(files / "squares.mp4")
     expect(page.find("#video_status")).to_contain_text("12 frames")
@@ -207,6 +220,31 @@ def test_marks_come_into_the_editor_and_can_be_rubbed_out(visit, files):
     expect(shares.last).not_to_have_text("7.5 %")
     expect(shares.first).to_have_text("10.4 %")
     assert float(shares.last.inner_text().rstrip(" %").replace("–", "0")) < 1.5
+
+
+def test_what_is_typed_outlives_answers_that_come_late(visit, files):
+    page = visit()
+    page.open_video(files / "short.mp4")
+    page.mark_file(files / "mask.png")
+    name, table = page.find("#name textarea"), page.find("#marked_table")
+    page.page.route("**/queue/data*", lambda route: None)  # answers have to wait until `unroute`
+    with page.page.expect_response("**/queue/join*"):
+        page.open_tool("Box")
+    page.page.wait_for_timeout(500)  # the server has made up its answer, and nobody has it yet
+    name.fill("Left square")
+    name.press("Enter")
+    page.page.wait_for_timeout(500)
+    page.page.unroute("**/queue/data*")
+    expect(page.find("#box_picture img")).to_be_visible()
+    expect(table).to_contain_text("Left square")
+    expect(name).to_have_value("Left square")
+    page.choose("objects", "Object 2")
+    expect(name).to_have_value("Object 2")
+    # Typed, and another object chosen before anybody has answered.
+    name.fill("Right square")
+    page.choose("objects", "Left square")
+    expect(name).to_have_value("Left square")
+    expect(table.locator("tbody th")).to_have_text(["Left square", "Right square"])
 
 
 def test_box_by_clicks_and_by_numbers(visit, files, tmp_path):
@@ -348,7 +386,7 @@ def test_loading_anew_during_a_run(visit, files, demo_server):
     page.wait_for_result("6 frames in")
     page.remove_video()
     expect(page.find("#follow")).to_have_count(0)
-    assert demo_server.videos() == []  # neither the video that was left nor the one that was taken away
+    assert_no_videos(demo_server)  # neither the video that was left nor the one that was taken away
 
 
 def test_two_visitors_at_once(visit, files, tmp_path):

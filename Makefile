@@ -14,6 +14,9 @@ OUTPUT ?= output
 # A folder that holds davis2016-val in DAVIS layout, for `make numbers` and the tests on real data.
 DATA ?= $(DEFORMVOS_DATA)
 PYTEST_ARGS ?=
+# Processes that the tests run in. Files stay whole, since what is expensive is shared in them, and keep their order: the
+# slowest are not the last.
+TEST_JOBS ?= 2
 # Further options of `deformvos evaluate` for `make numbers`, such as --device cpu --threads 2
 EVAL_ARGS ?=
 
@@ -77,7 +80,7 @@ test: $(FULL) browser  ## make the environment and pass every check: lint, forma
 	@echo "[2/3] ruff format --check"
 	@$(BIN)/python -m ruff format --check .
 	@echo "[3/3] pytest"
-	@$(if $(DATA),DEFORMVOS_DATA="$(DATA)") $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(if $(DATA),DEFORMVOS_DATA="$(DATA)") $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 check: $(FULL)  ## lint, format and numbers, without the tests
 	$(BIN)/python -m ruff check .

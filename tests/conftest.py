@@ -8,6 +8,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Of the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 
@@ -36,8 +38,9 @@ TINY_CONFIG = {
 
 
 def pytest_configure(config):
-    # Two threads: what the machines that run this have, and sums of floats do not change with the number of cores.
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    # One thread: on images this small more would wait for one another, and sums of floats do not change with the
+    # number of cores, nor with that of the processes that share them.
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):

@@ -182,37 +182,6 @@ def test_compiling_needs_a_compiler(engine, monkeypatch):
         compile_parts(engine.model)
 
 
-@pytest.fixture(scope="module")
-def exported_dir(model_dir, tmp_path_factory):
-    """The tiny model as graphs."""
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    from hf_deformvos.export import export_model
-
-    folder = tmp_path_factory.mktemp("exported") / "tiny"
-    export_model(model_dir, str(folder), format="onnx")
-    return str(folder)
-
-
-@pytest.mark.slow
-def test_an_exported_model(exported_dir, model_dir, clip, tmp_path, capsys):
-    path = tmp_path / "benchmark.json"
-    options = ["--backend", "onnx", "--sizes", "96x160", "--frames", 2, "--memory-frames", 3, "--json", path]
-    assert run(exported_dir, *options) == 0
-    report = json.loads(path.read_text())
-    (case,) = report["cases"]
-    # The graph that reads the memory decodes as well.
-    assert list(case["stages"]) == [stage for stage in STAGES if stage != "decoder"]
-    assert (report["backend"], report["hardware"]["dtype"]) == ("onnx", "float32")
-    assert "rates" not in report and report["start"]["total_s"] > 0 and case["memory"]["frames"] == 3
-    capsys.readouterr()
-    assert run(exported_dir, "--backend", "onnx", "--dtype", "int8") == 2
-    assert "was exported in float32, got `dtype` 'int8'" in capsys.readouterr().err
-    for folder, backend in ((exported_dir, "torch"), (model_dir, "onnx")):
-        assert run(folder, "--backend", backend) == 2
-        assert f"The backend '{backend}' does not run" in capsys.readouterr().err
-
-
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 

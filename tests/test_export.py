@@ -17,6 +17,7 @@ from synthetic import write_davis
 from test_session import MISTAKES
 
 from hf_deformvos import DeformVosConfig, DeformVosImageProcessor, DeformVosModel, DeformVosProcessor
+from hf_deformvos.benchmark.clock import STAGES
 from hf_deformvos.cli import main
 from hf_deformvos.export import export_model
 from hf_deformvos.export.graphs import build_graphs
@@ -199,10 +200,12 @@ def test_torch_programs_load_by_themselves(torch_dir):
 # Sessions
 
 
-@pytest.mark.parametrize(("num_objects", "size"), [(1, (96, 160)), (3, (120, 96)), (12, (112, 144))])
-def test_fifty_frames_are_pytorchs(num_objects, size, onnx_model, tiny_dir, one_thread):
+@pytest.mark.parametrize(
+    ("num_objects", "size", "num_frames"), [(1, (96, 160), 50), (3, (120, 96), 20), (12, (112, 144), 14)]
+)
+def test_streams_are_pytorchs(num_objects, size, num_frames, onnx_model, tiny_dir, one_thread):
     reference = load_for_inference(tiny_dir, "cpu")
-    session, _ = compare(onnx_model, reference, *moving_clip(50, size, num_objects))
+    session, _ = compare(onnx_model, reference, *moving_clip(num_frames, size, num_objects))
     assert len(session._memory.long_term) == TINY_CONFIG["long_term_slots"], "the memory filled up from one slot"
     assert session._memory.previous.masks.shape[0] == -(-num_objects // MAX_OBJECTS)
 
@@ -210,22 +213,22 @@ def test_fifty_frames_are_pytorchs(num_objects, size, onnx_model, tiny_dir, one_
 @pytest.mark.parametrize("num_objects", [1, 6])
 def test_torch_programs_are_pytorchs(num_objects, torch_dir, tiny_dir, one_thread):
     model, _ = load_for_inference(str(torch_dir))
-    compare(model, load_for_inference(tiny_dir, "cpu"), *moving_clip(12, (96, 128), num_objects))
+    compare(model, load_for_inference(tiny_dir, "cpu"), *moving_clip(8, (96, 128), num_objects))
 
 
 @pytest.mark.slow
 def test_models_of_several_layers(deep_dirs, one_thread):
     source, out = deep_dirs
-    compare(OnnxDeformVos.from_pretrained(out), load_for_inference(source, "cpu"), *moving_clip(12, (96, 128), 6))
+    compare(OnnxDeformVos.from_pretrained(out), load_for_inference(source, "cpu"), *moving_clip(8, (96, 128), 6))
 
 
 @pytest.mark.slow
 @pytest.mark.weights
 @pytest.mark.parametrize("format", ["onnx", "torch"])
-def test_the_released_student(format, tmp_path):
-    """Fifty frames of the example clip, with more objects than a group holds."""
+def test_the_released_student(format, tmp_path, one_thread):
+    """The example clip, with more objects than a group holds; fifty frames and more are those of the tiny model."""
     model, _ = load_for_inference(str(export_model(STUDENT, tmp_path / "out", format=format)))
-    with VideoReader(ROOT / "examples" / "bunny.mp4", max_frames=50 if format == "onnx" else 12) as reader:
+    with VideoReader(ROOT / "examples" / "bunny.mp4", max_frames=16 if format == "onnx" else 8) as reader:
         frames = [frame.image for frame in reader]
     ids = read_mask(ROOT / "examples" / "bunny_mask.png", frames[0].shape[:2])
     size = {"shortest_edge": 144, "longest_edge": 1536}
@@ -233,7 +236,7 @@ def test_the_released_student(format, tmp_path):
     compare(model, reference, frames, ids[None], size)
     rows, columns = np.indices(ids.shape)
     tiles = (rows * 3 // ids.shape[0]) * 4 + columns * 4 // ids.shape[1] + 1
-    compare(model, reference, frames[:12], tiles[None], size)
+    compare(model, reference, frames[:4], tiles[None], size)
 
 
 def changes(model, processor, frames, ids):
@@ -584,6 +587,27 @@ def test_evaluate_takes_an_exported_folder(onnx_dir, tiny_dir, tmp_path, capsys)
         total = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("all 2 sequences"))
         scores.append([float(number) for number in total.split()[5:12]])
     assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+
+
+def test_benchmark_takes_an_exported_folder(onnx_dir, tiny_dir, tmp_path, capsys):
+    def run(folder, *arguments):
+        return main(["benchmark", "--model", str(folder), "--device", "cpu", "--threads", "1", *map(str, arguments)])
+
+    path = tmp_path / "benchmark.json"
+    options = ["--backend", "onnx", "--sizes", "96x160", "--frames", 2, "--memory-frames", 3, "--json", path]
+    assert run(onnx_dir, *options) == 0
+    report = json.loads(path.read_text())
+    (case,) = report["cases"]
+    # The graph that reads the memory decodes as well.
+    assert list(case["stages"]) == [stage for stage in STAGES if stage != "decoder"]
+    assert (report["backend"], report["hardware"]["dtype"]) == ("onnx", "float32")
+    assert "rates" not in report and report["start"]["total_s"] > 0 and case["memory"]["frames"] == 3
+    capsys.readouterr()
+    assert run(onnx_dir, "--backend", "onnx", "--dtype", "int8") == 2
+    assert "was exported in float32, got `dtype` 'int8'" in capsys.readouterr().err
+    for folder, backend in ((onnx_dir, "torch"), (tiny_dir, "onnx")):
+        assert run(folder, "--backend", backend) == 2
+        assert f"The backend '{backend}' does not run" in capsys.readouterr().err
 
 
 def test_loading_names_mistakes(onnx_dir, torch_dir, tiny_dir, tmp_path):

@@ -116,15 +116,19 @@ class FileSource:
         self.fps = float(rate) if rate else None
         self.num_frames = stream.frames or None
         self.codec = stream.codec_context.name
-        first_time, end, index = None, 0.0, 0
+        first_time, end, index, matrix = None, 0.0, 0, None
         try:
             started = time.perf_counter()
             for decoded in self._decode(container, stream):
+                # FFmpeg gives every frame the stream's matrix. One is asked: PyAV's frame and its side data hold each
+                # other, and with them the picture, until the garbage collector comes by.
+                if index == 0 and (found := decoded.side_data.get("DISPLAYMATRIX")) is not None:
+                    matrix = bytes(found)
                 seconds = decoded.time
                 if seconds is None:
                     seconds = (first_time or 0.0) + index / (self.fps or _FOLDER_FPS)
                 first_time = seconds if first_time is None else first_time
-                image = _to_rgb(decoded)
+                image = _turn_upright(_to_rgb(decoded), matrix)
                 yield VideoFrame(index, image, seconds - first_time, None, time.perf_counter() - started)
                 index, end = index + 1, seconds
                 started = time.perf_counter()
@@ -223,23 +227,20 @@ def natural_key(name: str) -> list:
 
 
 def _to_rgb(frame) -> np.ndarray:
-    """PyAV's decoded picture as upright RGB, `uint8`."""
+    """PyAV's decoded picture as RGB, `uint8`."""
     if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
-        image = _over_black(frame.to_ndarray(format="rgba"))
-    else:
-        image = frame.to_ndarray(format="rgb24")
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is not None:
-        image = _turn_upright(image, np.frombuffer(bytes(matrix), dtype=np.int32)[:9].reshape(3, 3))
-    return image
+        return _over_black(frame.to_ndarray(format="rgba"))
+    return frame.to_ndarray(format="rgb24")
 
 
-def _turn_upright(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+def _turn_upright(image: np.ndarray, display_matrix: bytes | None) -> np.ndarray:
     """
     Applies a display matrix, to the nearest quarter turn, mirrored or not: it takes the pixel `(x, y)` to
     `(a x + c y, b x + d y)` with `a, b` and `c, d` in its first two rows.
     """
-    (a, b), (c, d) = matrix[0, :2].tolist(), matrix[1, :2].tolist()
+    if display_matrix is None:
+        return image
+    (a, b, _), (c, d, _) = np.frombuffer(display_matrix, dtype=np.int32)[:6].reshape(2, 3).tolist()
     if abs(a) + abs(d) >= abs(b) + abs(c):
         flip_x, flip_y = a < 0, d < 0
     else:

@@ -1,5 +1,6 @@
 """Video in and out: what is decoded, drawn and written, and what damaged or odd input does."""
 
+import gc
 import struct
 import threading
 import time
@@ -138,6 +139,19 @@ def test_display_matrix(tmp_path, matrix, turn):
     expected = turn(make_frame(0))
     assert (reader.info.height, reader.info.width) == expected.shape[:2]
     assert_close(frames[0].image, expected)
+
+
+def test_frames_are_let_go_once_read(tmp_path):
+    write_h264(tmp_path / "clip.mp4", num_frames=40)
+    gc.collect()
+    gc.disable()
+    try:
+        with VideoReader(tmp_path / "clip.mp4", num_threads=1) as reader:
+            assert sum(1 for _ in reader) == 40
+        held = sum(isinstance(thing, av.VideoFrame) for thing in gc.get_objects())
+    finally:
+        gc.enable()
+    assert held <= 2  # the first one, whose side data is read, waits for the collector
 
 
 def test_variable_rate_timestamps(tmp_path):

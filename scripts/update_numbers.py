@@ -368,26 +368,46 @@ def check_figures(record: dict, root: Path) -> list[str]:
     return problems
 
 
-def measure(data: Path, model: str, extra: list[str], name: str = "", root: Path = ROOT) -> Path:
-    """Run the evaluation on the whole of DAVIS-2016 val and write its record, of that name; the record's path."""
+def measure(
+    data: Path, model: str, extra: list[str], name: str = "", exported: str | None = None, root: Path = ROOT
+) -> Path:
+    """
+    Run the evaluation on the whole of DAVIS-2016 val, of the model or of its export to ONNX in the precision
+    `exported`, and write its record, of that name; the record's path.
+    """
     weights, dataset = root / model / "model.safetensors", data / "davis2016-val"
     for path, what in ((weights, "the weights"), (dataset / "JPEGImages", "the frames of DAVIS-2016 val")):
         if not path.exists():
             raise NumbersError(f"{what} are missing: {path} does not exist")
-    options = ["--model", model, "--dataset", "davis2016", "--split", "val", *extra]
+    options = ["--dataset", "davis2016", "--split", "val", *extra]
+    commands = [["evaluate", "--model", model, *options, "--root", dataset.name]]
     with tempfile.TemporaryDirectory() as folder:
-        report_path = Path(folder) / "report.json"
-        arguments = [*options, "--root", str(dataset), "--json", str(report_path)]
-        subprocess.run([sys.executable, "-m", "hf_deformvos", "evaluate", *arguments], check=True, cwd=root)
+        evaluated, report_path = model, Path(folder) / "report.json"
+        if exported:
+            evaluated = str(Path(folder) / "exported")
+            run_deformvos("export", model, evaluated, "--dtype", exported, root=root)
+            commands = [
+                ["export", model, "exported", "--dtype", exported],
+                ["evaluate", "--model", "exported", *options],
+            ]
+            commands[-1] += ["--root", dataset.name]
+        arguments = ["--model", evaluated, *options, "--root", str(dataset), "--json", str(report_path)]
+        run_deformvos("evaluate", *arguments, root=root)
         report = json.loads(report_path.read_text())
     if report["dataset"]["num_sequences"] != NUM_SEQUENCES:
         count = report["dataset"]["num_sequences"]
         raise NumbersError(f"{dataset} must hold the {NUM_SEQUENCES} sequences of DAVIS-2016 val, got {count}")
-    record = as_record(report, model, weights, shlex.join(["deformvos", "evaluate", *options, "--root", dataset.name]))
+    command = " && ".join(map(shlex.join, commands))
+    record = as_record(report, model, weights, command, exported)
     output = root / "docs" / "numbers" / f"{'-'.join(filter(None, (Path(model).name, 'davis2016-val', name)))}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(record, indent=2) + "\n")
     return output
+
+
+def run_deformvos(*arguments: str, root: Path):
+    """A command of this checkout."""
+    subprocess.run([sys.executable, "-m", "hf_deformvos", *arguments], check=True, cwd=root)
 
 
 def measure_budget(root: Path = ROOT):
@@ -398,11 +418,15 @@ def measure_budget(root: Path = ROOT):
         subprocess.run([sys.executable, str(script), *options, "--json", str(output)], check=True, cwd=root)
 
 
-def as_record(report: dict, model: str, weights: Path, command: str) -> dict:
+def as_record(report: dict, model: str, weights: Path, command: str, exported: str | None = None) -> dict:
     """What is kept of an evaluation's report, of weights that are still those that were evaluated."""
+    if exported:  # the report has the checksum of graphs that no longer exist
+        return measurements.as_record(
+            {**report, "weights_sha256": sha256_of(weights)}, model, weights, command, exported
+        )
     if report["weights_sha256"] != sha256_of(weights):
         raise NumbersError(f"{weights} changed while it was evaluated; nothing was recorded, run it again")
-    return measurements.as_record(report, model, weights, command)
+    return measurements.as_record(report, model, weights, command, exported)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -413,6 +437,7 @@ def main(arguments: list[str] | None = None) -> int:
     measuring.add_argument("--data", type=Path, required=True, help="folder that holds davis2016-val")
     measuring.add_argument("--model", default="hub_cards/deformvos-student", help="folder with the weights, in here")
     measuring.add_argument("--name", default="", help="of a further record: MODEL-davis2016-val-NAME.json")
+    measuring.add_argument("--exported", metavar="DTYPE", help="measure the export to ONNX: float32 or int8")
     measuring.add_argument("--budget", action="store_true", help="measure what the architecture costs, too")
     measuring.add_argument("extra", nargs="*", help="after --, further options of `deformvos evaluate`")
     commands.add_parser("recount", help="count the parameters of the recorded models anew, and render")
@@ -425,7 +450,8 @@ def main(arguments: list[str] | None = None) -> int:
             print("\n".join(problems) or "The texts state what was measured, with these weights.")
             return 1 if problems else 0
         if options.command == "measure":
-            written = measure(options.data.expanduser().resolve(), options.model, options.extra, options.name)
+            data = options.data.expanduser().resolve()
+            written = measure(data, options.model, options.extra, options.name, options.exported)
             print(f"Wrote {written.relative_to(ROOT)}")
             if options.budget:
                 measure_budget()

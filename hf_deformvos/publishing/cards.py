@@ -255,11 +255,11 @@ def _benchmark_parts(records: list[dict]) -> list[str]:
 
 
 def _own_records(folder: Path, records: dict[str, dict]) -> dict[str, dict]:
-    """Those of the folder's own weights."""
+    """Those of the folder's own weights, run as they are and not exported."""
     weights = folder / "model.safetensors"
     sha256 = measurements.sha256_of(weights) if weights.is_file() else None
     own = {name: record for name, record in records.items() if sha256 and record.get("weights_sha256") == sha256}
-    return {name: record for name, record in own.items() if "totals" in record}
+    return {name: record for name, record in own.items() if "totals" in record and "exported" not in record}
 
 
 def _stages(settings: dict) -> list[dict]:

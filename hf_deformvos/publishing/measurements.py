@@ -10,11 +10,15 @@ _ENDINGS = {"mean": "", "recall": "-recall", "decay": "-decay"}
 MEASURES = ("JF", "J", "J-recall", "J-decay", "F", "F-recall", "F-decay")
 
 
-def as_record(report: dict, model: str, weights: Path, command: str) -> dict:
-    """What is kept of an evaluation's report: no value a frame, no path of the machine it ran on."""
+def as_record(report: dict, model: str, weights: Path, command: str, exported: str | None = None) -> dict:
+    """
+    What is kept of an evaluation's report: no value a frame, no path of the machine it ran on. `exported` names the
+    precision of graphs that were made of the weights and evaluated in their place.
+    """
     kept = ("name", "J&F", "J", "F")
     return {
         "model": model,
+        **({"exported": exported} if exported else {}),
         "weights_sha256": report["weights_sha256"],
         "weights_bytes": weights.stat().st_size,
         "command": command,
@@ -37,7 +41,7 @@ def find_records(places: list[Path], weights: Path) -> dict[str, dict]:
 
     Returns:
         `dict[str, dict]`: evaluations and benchmarks by file name without `.json`; those of other weights, of other
-        kinds, and without scores are left out.
+        kinds, of exported graphs, and without scores are left out.
 
     Raises:
         ValueError: if a place is no file or folder, or a named file is no JSON.
@@ -53,7 +57,7 @@ def find_records(places: list[Path], weights: Path) -> dict[str, dict]:
                 record = json.loads(path.read_text())
             except (UnicodeDecodeError, json.JSONDecodeError) as error:
                 raise ValueError(f"{path} is no JSON: {error}") from error
-            if not isinstance(record, dict) or record.get("weights_sha256") != sha256:
+            if not isinstance(record, dict) or record.get("weights_sha256") != sha256 or "exported" in record:
                 continue
             if is_benchmark(record):
                 found[path.stem] = record

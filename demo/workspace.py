@@ -6,16 +6,18 @@ import atexit
 import errno
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 import threading
 import time
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from operator import index as as_index
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import cv2
@@ -48,6 +50,16 @@ _IDLE_WHEN_FULL = 300.0
 # Free space is looked at once in so many frames.
 _DISK_INTERVAL = 50
 _FALLBACK_FPS = 25.0
+# OpenCV has the colours in another order; by number of channels.
+_TO_BGR = {3: cv2.COLOR_RGB2BGR, 4: cv2.COLOR_RGBA2BGRA}
+# Pictures of each kind that are kept for the browser: those before have been fetched, or will not be any more.
+_KEPT_PICTURES = 8
+# What browsers play, by and large: codecs by the name of the file, and how their pixels may be stored.
+_PLAYABLE = {
+    **dict.fromkeys((".mp4", ".m4v", ".mov"), ("h264", "vp9", "av1")),
+    ".webm": ("vp8", "vp9", "av1"),
+}
+_PLAYABLE_PIXELS = ("yuv420p", "yuvj420p", "yuva420p")
 
 
 class DemoError(ValueError):
@@ -66,6 +78,7 @@ class Limits:
         working_short_side (`int`): pixels of the shorter side; larger frames are scaled down to it.
         max_objects (`int`): ids are 1 to this; as many as the palette has colours that stay apart.
         idle_seconds (`float`): a workspace that nobody has used for so long is removed.
+        left_seconds (`float`): the same once the page was closed; a page whose connection broke comes back by then.
         max_workspaces (`int`): visitors at once.
         min_free_disk (`int`): bytes that stay free on the disk.
     """
@@ -77,6 +90,7 @@ class Limits:
     working_short_side: int = 720
     max_objects: int = 7
     idle_seconds: float = 3600.0
+    left_seconds: float = 180.0
     max_workspaces: int = 32
     min_free_disk: int = 1_000_000_000
 
@@ -105,7 +119,8 @@ class Limits:
     def sentence(self) -> str:
         """The limits in words, for the page."""
         return (
-            f"Up to {_duration(self.max_seconds)}, {_megabytes(self.max_bytes)} and {self.max_side} pixels a side. "
+            f"Up to {duration_in_words(self.max_seconds)}, {self.max_frames:,} frames, {_megabytes(self.max_bytes)} "
+            f"and {self.max_side} pixels a side. "
             f"Pictures with a short side of more than {self.working_short_side} pixels are scaled down to that."
         )
 
@@ -134,6 +149,13 @@ class VideoFacts:
     num_frames: int
     seconds: float
     notes: list[str] = field(default_factory=list)
+
+
+class _Mark(NamedTuple):
+    """Of a marked frame: whether the map says all about it or only about the objects in it, and which those are."""
+
+    whole: bool
+    ids: frozenset[int]
 
 
 class FrameFolder(Sequence):
@@ -189,14 +211,16 @@ class _Video:
     def __init__(self, folder: Path, facts: VideoFacts, timestamps: array, max_objects: int):
         self.folder = folder
         self.facts = facts
+        self.is_playable = False
         self.timestamps = timestamps
         self.frames = FrameFolder(folder / "frames", facts.num_frames)
         self.masks_folder = folder / "masks"
         self.marks_folder = folder / "marks"
-        self.masks_folder.mkdir()
-        self.marks_folder.mkdir()
-        # Marked frames, and whether the map says all about its frame or only about the objects in it.
-        self.marked: dict[int, bool] = {}
+        # Results that a correction took the place of.
+        self.found_folder = folder / "found"
+        for each in (self.masks_folder, self.marks_folder, self.found_folder):
+            each.mkdir()
+        self.marked: dict[int, _Mark] = {}
         # Pixels of each object, -1 in the background's column where a frame has no result; boxes x0, y0, x1, y1.
         self.areas = np.zeros((facts.num_frames, max_objects + 1), dtype=np.int32)
         self.boxes = np.zeros((facts.num_frames, max_objects + 1, 4), dtype=np.uint16)
@@ -213,6 +237,12 @@ class Workspace:
     Args:
         root (`Path`): a folder that this workspace may make its own folder in.
         limits (`Limits`, *optional*): by default those of the environment.
+
+    Attributes:
+        has_left (`bool`): whether the page was closed, or seems so, since it was last seen.
+        source (`Path`, *optional*): the file that the video was uploaded as; the page plays it.
+        loose (`set[Path]`): files outside of the folder that belong to the visitor, such as uploads.
+        version (`int`): grows with every change of marks and results.
     """
 
     def __init__(self, root: Path, limits: Limits = LIMITS):
@@ -223,12 +253,17 @@ class Workspace:
         self.names: dict[int, str] = {}
         self.stop = threading.Event()
         self.last_used = time.monotonic()
+        self.has_left = False
+        self.source: Path | None = None
+        self.loose: set[Path] = set()
+        self.version = 0
         self._lock = threading.Lock()
         self._writing = threading.Lock()
         self._closed = False
         self._working_at = ""
         self._video: _Video | None = None
         self._num_imports = 0
+        self._pictures: dict[str, list[Path]] = {}
 
     # Life
 
@@ -289,6 +324,40 @@ class Workspace:
         if held:
             self._lock.release()
 
+    def keep_picture(self, kind: str, image: np.ndarray) -> Path:
+        """
+        A file with a picture for the browser, which may ask for it again: it is not in the folder, which goes at once.
+
+        Args:
+            kind (`str`): what shows it; of each kind the last few are kept.
+            image (`np.ndarray` of shape `(height, width, 3 or 4)`, uint8): RGB or RGBA.
+
+        Raises:
+            DemoError: if the disk is full.
+        """
+        self._check_open()
+        check_disk(self.folder, self.limits)
+        folder = self.folder.with_name(self.folder.name.replace("video", "pictures"))
+        encoded = cv2.imencode(".png", cv2.cvtColor(image, _TO_BGR[image.shape[2]]))[1]
+        path = folder / f"{secrets.token_hex(16)}.png"
+        with _on_disk():
+            folder.mkdir(exist_ok=True)
+            path.write_bytes(encoded)
+        kept = self._pictures.setdefault(kind, [])
+        kept.append(path)
+        self.loose.add(path)
+        while len(kept) > _KEPT_PICTURES:
+            self.loose.discard(kept[0])
+            kept.pop(0).unlink(missing_ok=True)
+        return path
+
+    def keep_files(self):
+        """Makes young what the page still shows: Gradio removes what is old."""
+        shown = [path for kept in self._pictures.values() for path in kept]
+        for path in (*shown, *self.folder.glob("downloads/*/*"), *filter(None, [self.source])):
+            with suppress(OSError):
+                os.utime(path)
+
     def _check_open(self):
         if self._closed:
             raise DemoError("This page was idle for too long and its video was removed. Load the page again.")
@@ -312,6 +381,11 @@ class Workspace:
     def facts(self) -> VideoFacts | None:
         """What is known of the video, `None` before there is one."""
         return None if self._video is None else self._video.facts
+
+    @property
+    def is_playable(self) -> bool:
+        """Whether browsers play the file that the video came from."""
+        return self._video is not None and self._video.is_playable
 
     @property
     def frames(self) -> FrameFolder:
@@ -347,6 +421,7 @@ class Workspace:
                 imported = _Import(Path(path), name, folder, self)
                 yield from imported.run()
                 video = _Video(folder, imported.facts(), imported.timestamps, self.limits.max_objects)
+                video.is_playable = imported.is_playable
             except OSError as error:
                 shutil.rmtree(folder, ignore_errors=True)
                 self._check_open()
@@ -388,18 +463,24 @@ class Workspace:
         if not whole and not ids.any():
             self.clear_marks(frame_idx)
             return
+        name = mask_file_name(frame_idx)
         with self._writing, _on_disk():
-            write_palette_png(video.marks_folder / mask_file_name(frame_idx), ids, PALETTE)
-        video.marked[frame_idx] = whole
-        for obj_id in np.unique(ids[ids > 0]).tolist():
+            if whole and has_result and not (video.found_folder / name).exists():
+                shutil.copyfile(video.masks_folder / name, video.found_folder / name)
+            write_palette_png(video.marks_folder / name, ids, PALETTE)
+        present = np.unique(ids[ids > 0]).tolist()
+        video.marked[frame_idx] = _Mark(whole, frozenset(present))
+        for obj_id in present:
             self.names.setdefault(obj_id, f"Object {obj_id}")
         if whole and has_result:
             self.write_mask(frame_idx, ids)
+        self.version += 1
         self.touch()
 
     def is_whole(self, frame_idx: int) -> bool:
         """Whether a marked frame's map says all about it; see `set_marks`."""
-        return self._need_video().marked.get(frame_idx, False)
+        mark = self._need_video().marked.get(frame_idx)
+        return mark is not None and mark.whole
 
     def clear_marks(self, frame_idx: int | None = None):
         """Forget the marks of one frame, or of all; results stay."""
@@ -407,8 +488,26 @@ class Workspace:
             return
         for marked in list(self._video.marked) if frame_idx is None else [frame_idx]:
             if self._video.marked.pop(marked, None) is not None:
-                (self._video.marks_folder / mask_file_name(marked)).unlink(missing_ok=True)
+                for folder in (self._video.marks_folder, self._video.found_folder):
+                    (folder / mask_file_name(marked)).unlink(missing_ok=True)
+        self.version += 1
         self.touch()
+
+    def clear_frame(self, frame_idx: int):
+        """
+        Forget the marks of a frame. The result that they corrected comes back; where they corrected none, the frame's
+        result goes with them.
+        """
+        video, found = self._need_frame(frame_idx), None
+        with suppress(FileNotFoundError):
+            found = read_palette_png(video.found_folder / mask_file_name(frame_idx))
+        self.clear_marks(frame_idx)
+        if found is not None:
+            self.write_mask(frame_idx, found)
+            return
+        with self._writing:
+            video.areas[frame_idx], video.areas[frame_idx, 0] = 0, -1
+            (video.masks_folder / mask_file_name(frame_idx)).unlink(missing_ok=True)
 
     def _checked(self, id_map: np.ndarray) -> np.ndarray:
         """The id map as uint8, `DemoError` if it does not fit the video or the palette."""
@@ -438,6 +537,7 @@ class Workspace:
                 rows, columns = (np.flatnonzero((ids == obj_id).any(axis=axis)) for axis in (1, 0))
                 video.boxes[frame_idx, obj_id] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
             video.areas[frame_idx] = areas
+            self.version += 1
 
     def mask(self, frame_idx: int) -> np.ndarray | None:
         """A frame's result as uint8 ids, `None` where it was not followed yet."""
@@ -470,16 +570,18 @@ class Workspace:
                 return
             self._video.areas[:] = 0
             self._video.areas[:, 0] = -1
-            for file in self._video.masks_folder.glob("*.png"):
-                file.unlink(missing_ok=True)
+            for folder in (self._video.masks_folder, self._video.found_folder):
+                for file in folder.glob("*.png"):
+                    file.unlink(missing_ok=True)
+            self.version += 1
 
     @property
     def object_ids(self) -> list[int]:
-        """Ids that are marked somewhere, were followed, or have a name, ascending."""
-        seen = set(self.names)
-        if self._video is not None:
-            seen |= set((np.flatnonzero(self._video.areas[:, 1:].max(axis=0, initial=0) > 0) + 1).tolist())
-        return sorted(seen)
+        """Ids that are marked somewhere or were found somewhere, ascending."""
+        if self._video is None:
+            return []
+        found = np.flatnonzero(self._video.areas[:, 1:].max(axis=0, initial=0) > 0) + 1
+        return sorted(set(found.tolist()).union(*(mark.ids for mark in list(self._video.marked.values()))))
 
     def labels(self) -> dict[int, str]:
         """Names by id, of all objects there are, each different: a name given twice gets its number behind it."""
@@ -541,13 +643,14 @@ class _Import:
         self.timestamps = array("d")
         self.notes: list[str] = []
         self._fps: float | None = None
+        self.is_playable = False
         self._size = (0, 0)
         self._has_sound = False
 
     def run(self) -> Iterator[tuple[int, int | None]]:
         """Decodes all; yields frames done and frames expected."""
         self._check_file()
-        self._check_disk()
+        check_disk(self.folder, self.limits)
         self._probe()
         try:
             with VideoReader(self.path) as reader:
@@ -588,7 +691,7 @@ class _Import:
             self.timestamps.append(max(frame.timestamp, earlier))
             self._check_length(frame.index + 1, self.timestamps[-1])
             if frame.index % _DISK_INTERVAL == 0:
-                self._check_disk()
+                check_disk(self.folder, self.limits)
             self._write(frame.index, frame.image)
             self.workspace.touch()
             yield frame.index + 1, info.num_frames
@@ -621,11 +724,6 @@ class _Import:
                 "Cut it, or save it at a smaller size."
             )
 
-    def _check_disk(self):
-        free = shutil.disk_usage(self.folder).free
-        if free < self.limits.min_free_disk:
-            raise _disk_error()
-
     def _probe(self):
         """Refuses, before anything is decoded, what is no video file of its own."""
         try:
@@ -643,6 +741,9 @@ class _Import:
                 found = "sound only" if self._has_sound else "no pictures"
                 raise DemoError(f"{self.name} holds {found}. Upload a video.")
             self._check_side(videos[0].width or 0, videos[0].height or 0)
+            context = videos[0].codec_context
+            codecs = _PLAYABLE.get(self.path.suffix.lower(), ())
+            self.is_playable = context.codec.canonical_name in codecs and context.pix_fmt in _PLAYABLE_PIXELS
 
     def _check_side(self, width: int, height: int):
         if max(width, height) > self.limits.max_side:
@@ -654,8 +755,8 @@ class _Import:
     def _check_length(self, num_frames: int, seconds: float):
         if seconds > self.limits.max_seconds:
             raise DemoError(
-                f"{self.name} is longer than {_duration(self.limits.max_seconds)}. Cut it, and upload the part that "
-                "matters."
+                f"{self.name} is longer than {duration_in_words(self.limits.max_seconds)}. Cut it, and upload the "
+                "part that matters."
             )
         if num_frames > self.limits.max_frames:
             raise DemoError(
@@ -685,6 +786,8 @@ class Workspaces:
         self._root = Path(tempfile.mkdtemp(prefix="deformvos-demo-") if root is None else root)
         self._is_own_root = root is None
         self._open: dict[str, Workspace] = {}
+        # When workspaces were closed, and their loose files.
+        self._left_over: list[tuple[float, set[Path]]] = []
         self._lock = threading.Lock()
         self._ended = threading.Event()
         threading.Thread(target=self._sweep_forever, name="deformvos-sweep", daemon=True).start()
@@ -701,32 +804,73 @@ class Workspaces:
             DemoError: if there are as many as the machine can take.
         """
         if key not in self._open:
-            self.sweep(_IDLE_WHEN_FULL if len(self._open) >= self.limits.max_workspaces else None)
+            self.sweep(is_full=len(self._open) >= self.limits.max_workspaces)
         with self._lock:
             workspace = self._open.get(key)
             if workspace is None or workspace.is_closed:
                 if len(self._open) >= self.limits.max_workspaces and key not in self._open:
                     raise DemoError("Many people are using this page just now. Try again in some minutes.")
                 workspace = self._open[key] = Workspace(self._root, self.limits)
+            workspace.has_left = False
             workspace.touch()
             return workspace
+
+    def leave(self, key: str):
+        """
+        A session's page was closed, or its connection broke: nobody can tell which. Its workspace is closed after
+        `left_seconds`, unless the session is seen again or a run goes on.
+        """
+        with self._lock:
+            workspace = self._open.get(key)
+        if workspace is not None:
+            workspace.has_left = True
+            workspace.touch()
 
     def close(self, key: str):
         """Close a session's workspace; nothing where there is none."""
         with self._lock:
             workspace = self._open.pop(key, None)
         if workspace is not None:
-            workspace.close()
+            self._close([workspace])
 
-    def sweep(self, idle_seconds: float | None = None):
-        """Close what nobody has used for so long, by default as the limits say; a run that goes on counts as use."""
-        allowed = self.limits.idle_seconds
-        oldest = time.monotonic() - (allowed if idle_seconds is None else min(idle_seconds, allowed))
+    def sweep(self, is_full: bool = False):
+        """
+        Close what nobody has used for so long as the limits say, or for less if somebody else needs the room; a run
+        that goes on counts as use. Of what stays, keep the files.
+        """
+        now, limits = time.monotonic(), self.limits
+        idle = min(_IDLE_WHEN_FULL, limits.idle_seconds) if is_full else limits.idle_seconds
+        left = 0.0 if is_full else min(limits.left_seconds, idle)
         with self._lock:
-            idle = [key for key, space in self._open.items() if space.last_used < oldest and not space.is_busy]
-            gone = [self._open.pop(key) for key in idle]
+            gone = [
+                self._open.pop(key)
+                for key, space in list(self._open.items())
+                if not space.is_busy and now - space.last_used > (left if space.has_left else idle)
+            ]
+        self._close(gone)
+        with self._lock:
+            kept, last = list(self._open.values()), now - limits.left_seconds
+            old = set().union(*(files for when, files in self._left_over if when < last))
+            self._left_over = [(when, files) for when, files in self._left_over if when >= last]
+        self.discard(old)
+        for workspace in kept:
+            workspace.keep_files()
+
+    def discard(self, files: Iterable[Path]):
+        """Remove loose files, except those of open workspaces: Gradio keeps two visitors' equal uploads once."""
+        with self._lock:
+            held = set().union(*(workspace.loose for workspace in self._open.values()))
+        for path in set(files) - held:
+            with suppress(OSError):
+                path.unlink()
+                path.parent.rmdir()
+
+    def _close(self, gone: list[Workspace], **how):
+        """Close workspaces; their loose files follow a little later: a page may still be there, and ask for them."""
         for workspace in gone:
-            workspace.close()
+            workspace.close(**how)
+            with self._lock:
+                self._left_over.append((time.monotonic(), workspace.loose))
 
     def close_all(self):
         """Close every workspace, as at the program's end."""
@@ -734,17 +878,50 @@ class Workspaces:
         atexit.unregister(self.close_all)
         with self._lock:
             gone, self._open = list(self._open.values()), {}
-        for workspace in gone:
-            workspace.close(wait=1.0)
+        self._close(gone, wait=1.0)
+        self.discard(set().union(*(files for _, files in self._left_over)))
         if self._is_own_root:
             shutil.rmtree(self._root, ignore_errors=True)
 
     def _sweep_forever(self):
-        while not self._ended.wait(min(60.0, self.limits.idle_seconds)):
+        while not self._ended.wait(min(60.0, self.limits.idle_seconds, self.limits.left_seconds)):
             try:
                 self.sweep()
             except Exception:
                 logger.exception("Idle workspaces could not be removed.")
+
+
+def new_root(folder: Path) -> Path:
+    """
+    A folder for `Workspaces` whose name cannot be guessed; it is not made yet. Earlier ones in the same folder are
+    removed if their process has ended, as one that was killed leaves them.
+    """
+    for earlier in folder.glob("deformvos-*-*"):
+        process = earlier.name.split("-")[1]
+        if process.isdigit() and not _is_running(int(process)):
+            shutil.rmtree(earlier, ignore_errors=True)
+    return folder / f"deformvos-{os.getpid()}-{secrets.token_hex(16)}"
+
+
+def _is_running(process: int) -> bool:
+    """Whether there is such a process and it is not this one: in containers, all have the same number."""
+    if os.name != "posix":  # there, signal 0 is no mere question
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return process != os.getpid()
+
+
+def check_disk(folder: Path, limits: Limits):
+    """`DemoError` if less of the disk is free than has to stay so."""
+    with _on_disk():
+        free = shutil.disk_usage(folder).free
+    if free < limits.min_free_disk:
+        raise _disk_error()
 
 
 def _frame_name(frame_idx: int) -> str:
@@ -769,7 +946,7 @@ def _disk_error(error: OSError | None = None) -> DemoError:
     return DemoError(f"The disk of this machine refused to write ({error.strerror}). Try again in some minutes.")
 
 
-def _duration(seconds: float) -> str:
+def duration_in_words(seconds: float) -> str:
     """Seconds in words: `10 minutes`, `90 seconds`."""
     if seconds >= 120 and seconds % 60 == 0:
         return f"{seconds / 60:.0f} minutes"
@@ -781,4 +958,15 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.0f} MB" if size >= 10e6 else f"{size / 1e6:,.1f} MB"
 
 
-__all__ = ["LIMITS", "PALETTE", "DemoError", "FrameFolder", "Limits", "VideoFacts", "Workspace", "Workspaces"]
+__all__ = [
+    "LIMITS",
+    "PALETTE",
+    "DemoError",
+    "FrameFolder",
+    "Limits",
+    "VideoFacts",
+    "Workspace",
+    "Workspaces",
+    "duration_in_words",
+    "new_root",
+]

@@ -2,7 +2,9 @@
 
 import gc
 import json
+import os
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -219,6 +221,21 @@ def test_large_pictures_are_scaled_down_and_the_visitor_is_told(tmp_path, tiny_c
     assert "scaled down from 160×96 to 100×60" in space.facts.notes[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "codec", "pixels", "playable"),
+    [
+        ("a.mp4", "libx264", "yuv420p", True),
+        ("a.mp4", "mpeg4", "yuv420p", False),
+        ("a.mp4", "libx264", "yuv444p", False),
+        ("a.avi", "libx264", "yuv420p", False),
+        ("a.webm", "libvpx-vp9", "yuv420p", True),
+    ],
+)
+def test_what_browsers_play(space, tmp_path, tiny_clip, name, codec, pixels, playable):
+    imported(space, write_video(tmp_path / name, tiny_clip[0][:2], codec=codec, pix_fmt=pixels))
+    assert space.is_playable == playable
+
+
 def test_sound_is_left_out_and_the_visitor_is_told(space, tmp_path, tiny_clip):
     imported(space, write_video(tmp_path / "loud.mp4", tiny_clip[0], sound=True))
     assert space.facts.notes == ["The sound is left out."]
@@ -338,8 +355,8 @@ def test_a_full_disk_while_frames_are_written(loaded, clip_file, monkeypatch):
 def test_limits_come_from_the_environment_and_are_stated():
     limits = Limits.from_environment({"DEFORMVOS_MAX_SECONDS": "90", "DEFORMVOS_MAX_BYTES": "5000000"})
     assert (limits.max_seconds, limits.max_bytes, limits.max_frames) == (90.0, 5_000_000, 18_000)
-    assert limits.sentence().startswith("Up to 90 seconds, 5.0 MB and 4096 pixels a side.")
-    assert Limits().sentence().startswith("Up to 10 minutes, 200 MB and 4096 pixels a side.")
+    assert limits.sentence().startswith("Up to 90 seconds, 18,000 frames, 5.0 MB and 4096 pixels a side.")
+    assert Limits().sentence().startswith("Up to 10 minutes, 18,000 frames, 200 MB and 4096 pixels a side.")
     for bad in ("many", "-1", "0", "inf", "nan"):
         with pytest.raises(ValueError, match="DEFORMVOS_MAX_SECONDS must be a positive number"):
             Limits.from_environment({"DEFORMVOS_MAX_SECONDS": bad})
@@ -586,6 +603,39 @@ def test_a_correction_changes_one_side_only(followed, tiny_clip, models, directi
     changed = range(4, 6) if direction == "forwards" else range(1, 3)
     assert any(not np.array_equal(before[i], after[i]) for i in changed)
     assert np.array_equal(after[0], tiny_clip[1][0])
+
+
+def test_a_correction_can_be_taken_back_and_a_result_cleared(followed, tiny_clip, models):
+    ids, found = tiny_clip[1], followed.mask(3)
+    followed.set_marks(3, np.roll(ids[3], 9, axis=0))
+    followed.set_marks(3, np.roll(ids[3], 20, axis=0))
+    list(follow(followed, models, "Tiny", "Standard", 3, "forwards"))
+    followed.clear_frame(3)
+    assert np.array_equal(followed.mask(3), found)
+    assert list(followed.marks) == [0]
+    followed.clear_frame(3)  # and now what was found
+    assert followed.mask(3) is None
+    assert followed.done.tolist() == [0, 1, 2, 4, 5]
+    followed.clear_frame(0)  # its result was what was marked
+    assert (followed.mask(0), len(followed.marks)) == (None, 0)
+    followed.set_marks(0, ids[0])
+    list(follow(followed, models, "Tiny", "Standard", 0))
+    # What was found anew is what comes back.
+    again = followed.mask(3)
+    followed.set_marks(3, ids[3])
+    followed.clear_frame(3)
+    assert np.array_equal(followed.mask(3), again)
+
+
+def test_an_object_that_was_cleared_everywhere_is_none(loaded, tiny_clip):
+    third = np.zeros((96, 160), np.uint8)
+    third[40:50, 40:50] = 3
+    loaded.set_marks(0, third)
+    assert loaded.object_ids == [3]
+    loaded.clear_frame(0)
+    loaded.set_marks(0, tiny_clip[1][0])
+    assert loaded.object_ids == [1, 2]
+    assert list(loaded.labels()) == [1, 2]
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 3), (5, 2)])
@@ -888,6 +938,91 @@ def test_the_registry(tmp_path):
     assert not any(path.exists() for path in (busy.folder, idle.folder))
 
 
+def test_a_page_that_comes_back_soon_finds_its_video(tmp_path):
+    spaces = Workspaces(tmp_path, Limits(max_workspaces=2, min_free_disk=1))
+    space = spaces.get("a")
+    spaces.leave("a")
+    spaces.leave("nobody")
+    space.last_used -= 100
+    spaces.sweep()
+    assert spaces.get("a") is space
+    space.last_used -= 1000
+    spaces.sweep()  # it was seen again
+    assert spaces.get("a") is space
+    spaces.leave("a")
+    with space.busy("following the objects"):
+        space.last_used -= 1000
+        spaces.sweep()
+    assert not space.is_closed  # a run goes on, and its end counts as use
+    space.last_used -= 200
+    spaces.sweep()
+    assert space.is_closed
+    assert not space.folder.exists()
+    # Somebody else's need is greater.
+    gone = [spaces.get(key) for key in "ab"][1]
+    spaces.leave("b")
+    assert spaces.get("c").folder.exists()
+    assert gone.is_closed
+    spaces.close_all()
+
+
+def test_what_a_visitor_sent_goes_with_the_workspace(tmp_path):
+    spaces = Workspaces(tmp_path / "root", Limits(min_free_disk=1, left_seconds=0.2))
+    sent = {name: tmp_path / name / "clip.mp4" for name in ("alone", "shared")}
+    for path in sent.values():
+        path.parent.mkdir()
+        path.write_bytes(b"video")
+    space, other = spaces.get("a"), spaces.get("b")
+    space.loose |= set(sent.values())
+    other.loose.add(sent["shared"])
+    pictures = [space.keep_picture("editor", np.zeros((4, 6, 4), np.uint8)) for _ in range(12)]
+    assert sum(path.exists() for path in pictures) == 8
+    with Image.open(pictures[-1]) as picture:
+        assert (picture.size, picture.mode) == ((6, 4), "RGBA")
+    spaces.close("a")
+    assert pictures[-1].exists()  # the page may be there still
+    deadline = time.monotonic() + 10
+    while pictures[-1].exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(path.exists() for path in pictures)
+    assert not sent["alone"].parent.exists()
+    assert sent["shared"].exists()
+    spaces.close_all()
+    assert not sent["shared"].exists()
+
+
+def test_what_a_page_shows_stays_young(space, tmp_path):
+    space.source = tmp_path / "clip.mp4"
+    download = space.folder / "downloads" / "0" / "masks.zip"
+    download.parent.mkdir(parents=True)
+    files = [space.source, download, space.keep_picture("editor", np.zeros((4, 6, 3), np.uint8))]
+    for path in files:
+        path.touch()
+        os.utime(path, (0, 0))
+    space.keep_files()
+    assert all(time.time() - path.stat().st_mtime < 60 for path in files)
+    download.unlink()
+    space.keep_files()
+
+
+def test_no_picture_is_shown_when_the_disk_is_full(tmp_path):
+    space = Workspace(tmp_path, Limits(min_free_disk=10**18))
+    with pytest.raises(DemoError, match="disk of this machine is full"):
+        space.keep_picture("editor", np.zeros((4, 6, 3), np.uint8))
+
+
+def test_folders_of_programs_that_were_killed_are_removed(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    names = [f"deformvos-{number}-0" for number in (ended.pid, os.getpid(), os.getppid())] + ["deformvos-x-0", "other"]
+    for name in names:
+        (tmp_path / name / "video-0").mkdir(parents=True)
+    root = ws.new_root(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[2:])
+    assert not root.exists()
+    assert root.name.startswith(f"deformvos-{os.getpid()}-")
+
+
 def test_the_registry_has_a_folder_of_its_own_that_goes():
     spaces = Workspaces(limits=LIMITS)
     root = spaces.get("a").folder.parent
@@ -965,11 +1100,11 @@ def test_areas_for_plots_are_bounded_and_finite(loaded, tiny_clip):
         loaded.write_mask(i, tiny_clip[1][i])
     loaded.names.update({1: "Cat", 2: "Cat", 5: " "})
     points = loaded.areas()
-    assert len(points) == 18
-    assert {point["object"] for point in points} == {"Cat (1)", "Cat (2)", "Object 5"}
+    assert len(points) == 12  # a name alone makes no object
+    assert {point["object"] for point in points} == {"Cat (1)", "Cat (2)"}
     assert points[0] == {"frame": 0, "seconds": 0.0, "object": "Cat (1)", "area": 3.75}
     assert all(np.isfinite([point["seconds"], point["area"]]).all() for point in points)
-    assert [point["frame"] for point in loaded.areas(max_points=2)] == [0, 3] * 3
+    assert [point["frame"] for point in loaded.areas(max_points=2)] == [0, 3] * 2
 
 
 def test_the_overlay_shows_results_then_marks_then_the_frame(loaded, tiny_clip):

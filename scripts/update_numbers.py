@@ -11,7 +11,8 @@ A text (README.md, docs/**/*.md, hub_cards/*/README.md) takes a figure between t
 inside a sentence. A record that scripts/measure_budget.py wrote gives a table of its cases. The records of evidence
 (docs/EVIDENCE.md) give `ablation.GROUP`, `ablation.pairs`, `objects`, `memory`, and `figures.NAME`, a picture. Records
 of `deformvos benchmark --json docs/numbers/benchmark-NAME.json` give `benchmark-NAME`, `benchmark-NAME.stages`,
-`benchmark-NAME.peers` and `benchmark-NAME.start`; `benchmark` in place of the name is all of them in one table.
+`benchmark-NAME.memory`, `benchmark-NAME.peers` and `benchmark-NAME.start`; `benchmark` in place of the name is all of
+them in one table.
 
 The file is not called numbers.py: beside it, NumPy would import it in place of the standard library's module.
 """

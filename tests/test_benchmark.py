@@ -13,6 +13,7 @@ from conftest import ROOT, TINY_CONFIG
 
 from hf_deformvos import DeformVosConfig, DeformVosImageProcessor, DeformVosModel, DeformVosProcessor
 from hf_deformvos.benchmark import plot, processes
+from hf_deformvos.benchmark import run as benchmark_run
 from hf_deformvos.benchmark.clip import write_clip
 from hf_deformvos.benchmark.clock import STAGES, StageClock
 from hf_deformvos.benchmark.engine import EngineConfig, compile_parts, load_engine
@@ -257,6 +258,20 @@ def test_records_become_tables(tmp_path, model_dir):
         numbers.render_text("<!-- numbers:benchmark.speed:begin -->1<!-- numbers:benchmark.speed:end -->", {})
 
 
+def test_memory_alone(tmp_path, model_dir, capsys, monkeypatch):
+    memory = {"frames": 10_000, "above_imports_bytes": 170e6, "growth_bytes": 4e6, "peak_device_bytes": None}
+    monkeypatch.setattr(benchmark_run, "measure_memory", lambda config, clip, objects, frames: memory)
+    path = tmp_path / "benchmark-long.json"
+    assert run(model_dir, "--sizes", "64x96", "--skip", "timing,start", "--memory-frames", 10_000, "--json", path) == 0
+    assert "170 MB above the libraries at the peak, +4.0 MB from frame 50 to 10000" in capsys.readouterr().out
+    record = json.loads(path.read_text())
+    assert record["cases"] == [{"size": [64, 96], "network_size": [65, 97], "objects": 1, "memory": memory}]
+    assert "rates" not in record
+    render = measurements.BENCHMARK_VIEWS
+    assert "| float32 | 96x64 | 1 | 10,000 | 170 MB | +4 MB |" in render["memory"]([record])
+    assert "96x64" not in render[""]([record]) and "96x64" not in render["stages"]([record])
+
+
 def test_cards_find_the_benchmarks_of_their_weights(tmp_path, student_dir):
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"abc")
@@ -275,7 +290,7 @@ def test_cards_find_the_benchmarks_of_their_weights(tmp_path, student_dir):
         (["--sizes", "8x480"], "at least 16 pixels"),
         (["--objects", "0"], "must be numbers from 1 to 255"),
         (["--objects", "1,x"], "must be numbers from 1 to 255"),
-        (["--skip", "peers"], "must be of roofline, memory, start"),
+        (["--skip", "peers"], "must be of timing, roofline, memory, start"),
         (["--frames", "0"], "must be at least 1"),
         (["--backend", "tensorrt"], "invalid choice"),
     ],
@@ -292,6 +307,7 @@ def test_mistakes_that_argparse_finds(model_dir, capsys, arguments, message):
     [
         (["--dtype", "int8"], '`dtype` "int8" needs the backend'),
         (["--peers", "--peers-python", "nowhere/python"], "scripts/make_peers_env.sh makes one"),
+        (["--plot", "figure.png", "--skip", "timing"], "drop one of the two"),
         (["--plot", "figure.gif"], "A plot is written as .png, .svg, .pdf"),
         (["--sizes", "16x16", "--objects", "100"], "100 objects do not fit 16x16 pixels"),
     ],
@@ -344,23 +360,26 @@ def fake_worker(tmp_path):
     return worker
 
 
-def test_frames_are_taken_in_turn():
+def test_turns_are_taken_in_order_and_last_their_time():
     order = []
 
     def step(name):
         def take():
             order.append(name)
-            return float(len(order))
+            return {"quick": 0.2, "even": 0.25, "slow": 2.0}[name]
 
         return take
 
-    seconds = time_alternately({name: step(name) for name in "abc"}, num_frames=2, num_warmup=1, settle_seconds=0)
-    assert order == list("abc") * 3
-    assert seconds == {"a": [4.0, 7.0], "b": [5.0, 8.0], "c": [6.0, 9.0]}
+    names = ["quick", "even", "slow"]
+    seconds = time_alternately({name: step(name) for name in names}, num_rounds=2, num_warmup=1, settle_seconds=0)
+    assert order == [*["quick"] * 3, *["even"] * 2, "slow"] * 3
+    assert seconds == {"quick": [0.2] * 6, "even": [0.25] * 4, "slow": [2.0] * 2}
 
 
 def test_peers_beside_ours(engine, clip, fake_worker):
-    compared = compare_with_peers(engine, clip, 1, 3, sys.executable, peers=("one", "two"), worker=fake_worker)
+    compared = compare_with_peers(
+        engine, clip, 1, 3, sys.executable, peers=("one", "two"), worker=fake_worker, turn_seconds=0
+    )
     assert list(compared["models"]) == ["deformvos", "one", "two"]
     ours, one = compared["models"]["deformvos"], compared["models"]["one"]
     assert (one["median_ms"], one["fps"], one["parameters"], one["masks"]) == (20.0, 50.0, 7, [1, 1, 96, 160])

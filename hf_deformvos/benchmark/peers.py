@@ -1,4 +1,4 @@
-"""Other models beside ours in the same run: one frame each in turn, all warm, never two at once."""
+"""Other models beside ours in the same run: in turn, all warm, never two at once."""
 
 import json
 import subprocess
@@ -24,6 +24,9 @@ DEFAULT_PYTHON = ".venv-peers/bin/python"
 NUM_WARMUP_FRAMES = 8
 # Threads that wait for work spin for a while before they sleep; the next model must not share its cores with them.
 _SETTLE_SECONDS = 0.05
+# A turn is a stream for a moment. Of a single frame, a fast model would spend much on what the model before it has
+# driven out of the processor's caches, and a slow one next to nothing.
+_TURN_SECONDS = 0.5
 _WORKER = Path(__file__).with_name("peer_process.py")
 
 
@@ -100,27 +103,34 @@ class PeerProcess:
 
 
 def time_alternately(
-    steps: dict[str, Callable[[], float]], num_frames: int, num_warmup: int, settle_seconds: float = _SETTLE_SECONDS
+    steps: dict[str, Callable[[], float]],
+    num_rounds: int,
+    num_warmup: int,
+    settle_seconds: float = _SETTLE_SECONDS,
+    turn_seconds: float = _TURN_SECONDS,
 ) -> dict[str, list[float]]:
     """
-    Rounds of one frame each.
+    Rounds in which each has a turn of one frame after the other, until `turn_seconds` are over.
 
     Args:
         steps (`dict[str, Callable[[], float]]`): by name, a function that does a frame and returns its seconds.
-        num_frames (`int`): rounds that count.
+        num_rounds (`int`): rounds that count.
         num_warmup (`int`): rounds before them.
-        settle_seconds (`float`): pause before each frame.
+        settle_seconds (`float`): pause before each turn.
+        turn_seconds (`float`): least length of a turn; a turn has one frame at least.
 
     Returns:
-        `dict[str, list[float]]`: seconds by name, of `num_frames` frames each.
+        `dict[str, list[float]]`: seconds of every frame by name, from `num_rounds` turns each.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for index in range(num_warmup + num_frames):
+    for index in range(num_warmup + num_rounds):
         for name, step in steps.items():
             time.sleep(settle_seconds)
-            taken = step()
+            turn = [step()]
+            while sum(turn) < turn_seconds:
+                turn.append(step())
             if index >= num_warmup:
-                seconds[name].append(taken)
+                seconds[name] += turn
     return seconds
 
 
@@ -128,24 +138,26 @@ def compare_with_peers(
     engine: Engine,
     clip: Clip,
     num_objects: int,
-    num_frames: int,
+    num_rounds: int,
     python: str,
     dtype: str = "float32",
     peers: tuple[str, ...] = tuple(PEERS),
     worker: Path = _WORKER,
+    turn_seconds: float = _TURN_SECONDS,
 ) -> dict:
     """
-    Time a frame of ours and of each peer in turn: from the file to masks of the frame's size, no stage beside another.
+    Time frames of ours and of each peer in turn: from the file to masks of the frame's size, no stage beside another.
 
     Args:
         engine ([`Engine`]): ours.
         clip ([`Clip`]): what all of them read.
         num_objects (`int`): how many of its objects are followed.
-        num_frames (`int`): rounds that count.
+        num_rounds (`int`): rounds that count.
         python (`str`): the interpreter of the peers' environment.
         dtype (`str`, defaults to `"float32"`): the peers' precision.
         peers (`tuple[str, ...]`): which of `PEERS`.
         worker (`Path`): the program that runs a peer.
+        turn_seconds (`float`): see [`time_alternately`].
 
     Returns:
         `dict`: `size`, `objects`, `rounds`, and `models`: by name, times of a frame, `fps`, `parameters`,
@@ -165,13 +177,13 @@ def compare_with_peers(
             command = [python, str(worker), json.dumps({"peer": name, **request})]
             processes[name] = stack.enter_context(closing(PeerProcess(PEERS.get(name, name), command)))
         steps = {OURS: stack.enter_context(stream.stepping()), **{n: p.step for n, p in processes.items()}}
-        seconds = time_alternately(steps, num_frames, NUM_WARMUP_FRAMES)
+        seconds = time_alternately(steps, num_rounds, NUM_WARMUP_FRAMES, turn_seconds=turn_seconds)
         models = {name: _times(taken) for name, taken in seconds.items()}
         models[OURS] |= {"title": "DeformVOS", "dtype": engine.config.dtype, "parameters": engine.num_parameters}
         for name, process in processes.items():
             models[name] |= {"title": PEERS.get(name, name), "dtype": dtype, **process.facts}
             models[name]["ratio"] = round(models[name]["median_ms"] / models[OURS]["median_ms"], 2)
-    return {"size": list(clip.first_mask.shape), "objects": num_objects, "rounds": num_frames, "models": models}
+    return {"size": list(clip.first_mask.shape), "objects": num_objects, "rounds": num_rounds, "models": models}
 
 
 def _times(seconds: list[float]) -> dict:

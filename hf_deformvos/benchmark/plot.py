@@ -97,7 +97,7 @@ def _draw_peers(axis, comparison: dict):
         axis.text(model["median_ms"], index, f" {model['median_ms']:.0f} ms{ratio}", va="center", fontsize=8)
     axis.set_xlim(0, 1.3 * max(times))
     axis.invert_yaxis()
-    axis.set_xlabel(f"milliseconds a frame, {case_title(comparison)}, all stages, a frame each in turn", fontsize=8)
+    axis.set_xlabel(f"milliseconds a frame, {case_title(comparison)}, all stages, in turn", fontsize=8)
 
 
 __all__ = ["check_plot", "draw"]

@@ -36,12 +36,18 @@ def case_title(case: dict) -> str:
 
 def case_lines(case: dict) -> list[str]:
     """A case for the terminal."""
-    frame = case["frame"]
     network = "x".join(str(side) for side in reversed(case["network_size"]))
-    lines = [
-        f"{case_title(case)} (network {network})",
-        f"  {'one after the other':22s} {_times(frame)}  {frame['fps']:6.2f} frames/s",
-    ]
+    lines = [f"{case_title(case)} (network {network})"]
+    if "frame" in case:
+        lines += _timing_lines(case)
+    if case.get("memory"):
+        lines.append(f"  {'memory':22s} {memory_words(case['memory'])}")
+    return lines
+
+
+def _timing_lines(case: dict) -> list[str]:
+    frame = case["frame"]
+    lines = [f"  {'one after the other':22s} {_times(frame)}  {frame['fps']:6.2f} frames/s"]
     for stage in STAGES:
         if stage in case["stages"]:
             lines.append(f"    {stage:20s} {_times(case['stages'][stage])}{_work(case, stage)}")
@@ -49,8 +55,6 @@ def case_lines(case: dict) -> list[str]:
     lines.append(f"  {'and writing PNGs':22s} {'':31s}  {case['written']['fps']:6.2f} frames/s")
     if case.get("gmacs") is not None:
         lines.append(f"  {'a frame':22s} {case['gmacs']:.2f} GMACs")
-    if case.get("memory"):
-        lines.append(f"  {'memory':22s} {memory_words(case['memory'])}")
     return lines
 
 
@@ -70,7 +74,7 @@ def _work(case: dict, stage: str) -> str:
 
 def peer_lines(comparison: dict) -> list[str]:
     """A comparison with peers for the terminal."""
-    lines = [f"{case_title(comparison)}, one frame each in turn"]
+    lines = [f"{case_title(comparison)}, in turn"]
     for name, model in comparison["models"].items():
         ratio = f"  {model['ratio']:.1f} times ours" if "ratio" in model else ""
         lines.append(f"  {model.get('title', name):22s} {_times(model)}  {model['fps']:6.2f} frames/s{ratio}")

@@ -26,11 +26,11 @@ class Plan:
         objects (`list[int]`): numbers of objects followed.
         num_frames (`int`): frames timed, after those that fill the memory.
         num_memory_frames (`int`): frames of the process whose memory is watched.
-        skip (`frozenset[str]`): of `"roofline"`, `"memory"`, `"start"`.
+        skip (`frozenset[str]`): of `"timing"` (with which `"roofline"` goes), `"roofline"`, `"memory"`, `"start"`.
         peers_python (`str`, *optional*): interpreter of the peers' environment; none, no peers.
         peers_dtype (`str`): the peers' precision.
         peer_objects (`list[int]`): numbers of objects with which peers are timed: they take that many times longer.
-        num_peer_frames (`int`): rounds of one frame each that count.
+        num_peer_frames (`int`): rounds that count.
     """
 
     sizes: list[tuple[int, int]] = field(default_factory=lambda: [(480, 854)])
@@ -72,7 +72,7 @@ def run_benchmark(
     result = report.describe(engine, preset, hash_weights(config.model))
     result["settings"] = {"frames": plan.num_frames, "warmup_frames": engine.num_warmup_frames}
     rates = None
-    if "roofline" not in plan.skip and config.backend != "onnx":
+    if not plan.skip & {"timing", "roofline"} and config.backend != "onnx":
         rates = measure_rates(engine.device, getattr(torch, config.dtype))
         result["rates"] = {name: round(value, 2) for name, value in asdict(rates).items()}
     result["cases"] = []
@@ -102,11 +102,12 @@ def _measure_peers(engine: Engine, clip: Clip, num_objects: int, plan: Plan) -> 
 def _measure_case(engine: Engine, clip: Clip, num_objects: int, plan: Plan, rates: MachineRates | None) -> dict:
     size = clip.first_mask.shape
     case = {"size": list(size), "network_size": list(engine.network_size(*size)), "objects": num_objects}
-    stream = SteadyStream(engine, clip, num_objects)
-    case |= stream.time_stages(plan.num_frames)
-    case["stream"] = stream.time_stream(plan.num_frames)
-    case["written"] = stream.time_written_stream(plan.num_frames)
-    case["gmacs"] = None
+    if "timing" not in plan.skip:
+        stream = SteadyStream(engine, clip, num_objects)
+        case |= stream.time_stages(plan.num_frames)
+        case["stream"] = stream.time_stream(plan.num_frames)
+        case["written"] = stream.time_written_stream(plan.num_frames)
+        case["gmacs"] = None
     if rates is not None:
         work = count_work(engine, clip, num_objects)
         case["gmacs"] = round(sum(stage.macs for stage in work.values()) / 1e9, 3)

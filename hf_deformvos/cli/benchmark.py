@@ -13,7 +13,7 @@ from .speed import PRESET_NAMES
 # The names are repeated here so that the help appears without torch being imported.
 _BACKENDS = ("torch", "compile", "onnx")
 _DTYPES = ("float32", "bfloat16", "float16", "int8")
-_PARTS = ("roofline", "memory", "start")
+_PARTS = ("timing", "roofline", "memory", "start")
 _DESCRIPTION = """\
 Time a model on this machine. A clip of moving objects is encoded as H.264 for each size and followed with a full
 memory: decode, preprocess, backbone, propagation (memory read and written), decoder, postprocess, first one after the
@@ -57,7 +57,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--json", metavar="FILE", help="write every number")
     parser.add_argument("--plot", metavar="FILE", help="draw it as .png, .svg or .pdf (needs matplotlib)")
     peers = parser.add_argument_group(
-        "peers", "EdgeTAM and SAM 2.1 tiny of transformers with random weights, a frame each in turn with ours"
+        "peers", "EdgeTAM and SAM 2.1 tiny of transformers with random weights, in turn with ours"
     )
     peers.add_argument("--peers", action="store_true", help="time them, too")
     peers.add_argument(
@@ -69,7 +69,7 @@ def add_parser(subparsers) -> None:
     peers.add_argument(
         "--peer-objects", metavar="N[,N]", type=_numbers(1, 255), default=[1], help="objects followed (default 1)"
     )
-    peers.add_argument("--peer-frames", metavar="N", type=at_least(1), default=5, help="frames timed (default 5)")
+    peers.add_argument("--peer-frames", metavar="N", type=at_least(1), default=5, help="turns timed (default 5)")
     parser.set_defaults(run=run)
 
 
@@ -113,6 +113,8 @@ def run(arguments: argparse.Namespace) -> int:
     from ..benchmark.run import Plan, run_benchmark
     from ..evaluation.runner import write_json
 
+    if arguments.plot and "timing" in arguments.skip:
+        raise ValueError("--plot draws times, and --skip timing leaves them out: drop one of the two.")
     if arguments.plot:
         plot.check_plot(arguments.plot)
     config, preset = engine_config(arguments)

@@ -102,6 +102,7 @@ def render_card(folder: str | Path, records: dict[str, dict], repo_id: str | Non
     records = _own_records(folder, records)
     if repo_id:
         records = {name: _as_published(record, repo_id) for name, record in records.items()}
+        benchmarks = [_as_published(record, repo_id) for record in benchmarks]
     template = template_environment().get_template("model_card.md.jinja")
     try:
         context = _context(facts, config, provenance, folder, records, repo_id)
@@ -250,7 +251,8 @@ def _benchmark_parts(records: list[dict]) -> list[str]:
     """The tables of benchmarks: ours, and beside the peers' where they were timed."""
     if not records:
         return []
-    views = ["", "peers"] if any("peers" in record for record in records) else [""]
+    has_memory = any("memory" in case for record in records for case in record["cases"])
+    views = ["", *["memory"] * has_memory, *["peers"] * any("peers" in record for record in records)]
     return [measurements.BENCHMARK_VIEWS[view](records) for view in views]
 
 

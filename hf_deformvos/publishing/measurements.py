@@ -172,13 +172,11 @@ def _origins(records: list[dict]) -> str:
 
 
 def render_benchmarks(records: list[dict]) -> str:
-    """A Markdown table of the cases of benchmarks: speed, cost and memory."""
-    rows = []
-    for record in records:
+    """A Markdown table of the cases of benchmarks: speed and cost."""
+    timed, rows = _with(records, "frame"), []
+    for record in timed:
         for case in record["cases"]:
-            memory, gmacs = case.get("memory"), case.get("gmacs")
-            network = case["network_size"]
-            above = memory and memory["above_imports_bytes"]
+            gmacs, network = case.get("gmacs"), case["network_size"]
             rows.append(
                 [
                     _name_of(record),
@@ -189,17 +187,42 @@ def render_benchmarks(records: list[dict]) -> str:
                     f"{case['frame']['p95_ms']:.1f} ms",
                     f"{case['stream']['fps']:.1f}",
                     "-" if gmacs is None else f"{gmacs:.2f}",
-                    "-" if above is None else f"{above / 1e6:.0f} MB",
                 ]
             )
     titles = ["runs as", "frames", "network", "objects", "a frame", "95th percentile"]
-    titles += ["frames/s, decoding ahead", "GMACs", "memory above the libraries"]
-    return f"{table(titles, rows)}\n\n{_origins(records)}"
+    titles += ["frames/s, decoding ahead", "GMACs"]
+    return f"{table(titles, rows)}\n\n{_origins(timed)}"
+
+
+def render_memory(records: list[dict]) -> str:
+    """A Markdown table of what processes that follow objects hold beside the libraries, and by how much that rises."""
+    measured, rows = _with(records, "memory"), []
+    for record in measured:
+        for case in record["cases"]:
+            memory = case["memory"]
+            above, growth = memory["above_imports_bytes"], memory["growth_bytes"]
+            rows.append(
+                [
+                    _name_of(record),
+                    _frames_of(case),
+                    str(case["objects"]),
+                    f"{memory['frames']:,}",
+                    "-" if above is None else f"{above / 1e6:.0f} MB",
+                    "-" if growth is None else f"{growth / 1e6:+.0f} MB",
+                ]
+            )
+    titles = ["runs as", "frames", "objects", "frames followed", "peak above the libraries", "rise after frame 50"]
+    return f"{table(titles, rows)}\n\n{_origins(measured)}"
+
+
+def _with(records: list[dict], part: str) -> list[dict]:
+    """The benchmarks whose cases have a part; what is skipped is so for all of them."""
+    return [record for record in records if all(part in case for case in record["cases"])]
 
 
 def render_stages(records: list[dict]) -> str:
     """A Markdown table of where the time of benchmarks goes, and the share that each stage gets of the machine."""
-    rows = []
+    records, rows = _with(records, "stages"), []
     for record in records:
         for case in record["cases"]:
             for stage, times in case["stages"].items():
@@ -263,7 +286,13 @@ def render_start(records: list[dict]) -> str:
     return f"{table(['runs as', 'import', 'load', 'first mask', 'together'], rows)}\n\n{origin}"
 
 
-BENCHMARK_VIEWS = {"": render_benchmarks, "stages": render_stages, "peers": render_peers, "start": render_start}
+BENCHMARK_VIEWS = {
+    "": render_benchmarks,
+    "stages": render_stages,
+    "memory": render_memory,
+    "peers": render_peers,
+    "start": render_start,
+}
 
 
 __all__ = [

@@ -6,11 +6,10 @@ The Space: mark an object in one frame of a video in the browser, and watch it b
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
-import secrets
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,13 +18,11 @@ import page
 from following import DIRECTIONS, QUALITIES, Models, available_models
 from gradio.utils import get_upload_folder
 from steps import EXAMPLE_MASK, EXAMPLE_VIDEO, Editing, Steps, brush
-from workspace import LIMITS, Workspaces
+from workspace import LIMITS, Workspaces, new_root
 
 
 # Runs at once; each takes the whole processor.
 CONCURRENCY = int(os.environ.get("DEFORMVOS_CONCURRENCY", "1"))
-# Seconds: how often files of earlier visitors are looked for, and how old they get.
-_FILES = (1800, 7200)
 _DIRECTIONS = [
     ("To the end and to the beginning", "both"),
     ("To the end", "forwards"),
@@ -42,15 +39,11 @@ _IN_TURN = {"concurrency_id": "marking", "concurrency_limit": 1}
 _TO_STEP = "() => {{ document.getElementById('step-{}').scrollIntoView({{behavior: 'smooth'}}); }}"
 
 
-def build() -> gr.Blocks:
+def build(workspaces: Workspaces) -> gr.Blocks:
     """The page with its events."""
-    # In the folder that Gradio serves from, so that results are not copied; the name cannot be guessed.
-    root = Path(get_upload_folder()) / f"deformvos-{secrets.token_hex(16)}"
-    workspaces = Workspaces(root)
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
     ui = SimpleNamespace()
     steps = Steps(ui, workspaces, Models())
-    with gr.Blocks(title=page.TITLE, analytics_enabled=False, delete_cache=_FILES, fill_width=False) as demo:
+    with gr.Blocks(title=page.TITLE, analytics_enabled=False, delete_cache=page.LEFT_OVER, fill_width=False) as demo:
         ui.editing = gr.State(Editing())
         gr.HTML(page.HEADER)
         _build_video(ui)
@@ -79,7 +72,7 @@ def _build_video(ui: SimpleNamespace):
                     sources=["upload", "webcam"],
                     webcam_options=gr.WebcamOptions(mirror=False),
                     include_audio=True,
-                    height=330,
+                    height=400,
                     buttons=[],
                     elem_id="video",
                 )
@@ -166,6 +159,8 @@ def _build_follow(ui: SimpleNamespace):
                 )
                 ui.direction = gr.Radio(_DIRECTIONS, value="both", label="Direction", elem_id="direction")
             ui.start = gr.HTML(elem_id="start")
+            # The number of the run: one that was called off while it waited for its turn is told from the next one.
+            ui.ticket = gr.Number(0, precision=0, visible=False)
             with gr.Row():
                 ui.follow = gr.Button("Follow", variant="primary", elem_id="follow", scale=3)
                 ui.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", scale=1)
@@ -213,16 +208,26 @@ def _quiet(ui: SimpleNamespace) -> dict:
     return {"api_visibility": "private", "show_progress": "hidden", "show_progress_on": ui.footer}
 
 
+def _panels(ui: SimpleNamespace) -> list:
+    """What opens and closes the steps."""
+    return [ui.mark_empty, ui.mark_panel, ui.follow_empty, ui.follow_panel, ui.result_empty, ui.result_panel]
+
+
+def _closing_outputs(ui: SimpleNamespace) -> list:
+    """What says that there is no video any more: every event may find that out."""
+    return [*_panels(ui), ui.video, ui.video_status]
+
+
 def _frame_outputs(ui: SimpleNamespace) -> list:
-    """What shows a frame in step 2."""
+    """What shows a frame in step 2, and is written anew after a correction."""
     texts = [ui.objects, ui.add, ui.marked, ui.start, ui.box_hint, ui.file_picture]
-    return [*texts, ui.box_picture, ui.editor, ui.resting]
+    return [*texts, ui.box_picture, ui.editor, ui.resting, ui.get_masks, ui.get_record, *_closing_outputs(ui)]
 
 
 def _connect_video(ui: SimpleNamespace, steps: Steps):
     quiet = _quiet(ui)
-    panels = [ui.mark_empty, ui.mark_panel, ui.follow_empty, ui.follow_panel, ui.result_empty, ui.result_panel]
-    shown = [*panels, ui.run_status, ui.live, ui.frame, ui.tools, ui.mask, ui.name, ui.named, *_frame_outputs(ui)]
+    panels, running = _panels(ui), [ui.run_status, ui.live, ui.follow, ui.stop]
+    shown = [*running, ui.frame, ui.tools, ui.mask, ui.name, ui.named, *_frame_outputs(ui)]
     reading = {**quiet, "concurrency_id": "reading", "concurrency_limit": 2}
     uploaded = gr.on([ui.video.upload, ui.video.stop_recording], steps.hide_steps, None, panels, **quiet)
     chosen = ui.example.click(steps.hide_steps, None, panels, **quiet)
@@ -233,7 +238,7 @@ def _connect_video(ui: SimpleNamespace, steps: Steps):
         event.then(opening, inputs, [ui.video, ui.video_status], **reading).then(
             steps.show_video, ui.editing, shown, **quiet, **_IN_TURN
         )
-    ui.video.clear(steps.close_video, ui.editing, [ui.video_status, *panels, ui.run_status, ui.live], **quiet)
+    ui.video.clear(steps.close_video, ui.editing, [ui.video_status, *panels, *running], **quiet)
 
 
 def _connect_mark(ui: SimpleNamespace, steps: Steps):
@@ -249,6 +254,7 @@ def _connect_mark(ui: SimpleNamespace, steps: Steps):
     ui.objects.input(steps.choose_object, [ui.objects, ui.editing], chosen, trigger_mode="multiple", **quiet)
     ui.add.click(steps.add_object, ui.editing, [*chosen, ui.add], **quiet)
     named, renamed = [ui.name, ui.named, ui.editing], [ui.objects, ui.marked, ui.plot]
+    renamed += [ui.get_masks, ui.get_record, *_closing_outputs(ui)]
     gr.on([ui.name.blur, ui.name.submit], steps.rename_object, named, renamed, trigger_mode="multiple", **quiet)
     ui.clear.click(steps.clear_frame, ui.editing, frame, **quiet)
     corners = [ui.left, ui.top, ui.right, ui.bottom]
@@ -260,20 +266,24 @@ def _connect_mark(ui: SimpleNamespace, steps: Steps):
 def _connect_follow(ui: SimpleNamespace, steps: Steps):
     quiet = _quiet(ui)
     running = [ui.follow, ui.stop, ui.run_status, ui.live]
-    settings = [ui.model, ui.quality, ui.direction, ui.editing]
-    result = [ui.player, ui.scrub, ui.scrubbed, ui.plot, ui.get_overlay, ui.get_masks, ui.get_record]
-    result += [ui.result_empty, ui.result_panel, *_frame_outputs(ui)]
-    ui.follow.click(
-        steps.begin, [ui.editor, ui.editing], [*running, ui.editor, ui.resting, ui.marked], **quiet, **_IN_TURN
-    ).then(steps.run, settings, running, concurrency_id="model", concurrency_limit=CONCURRENCY, **quiet).then(
-        steps.show_editor, ui.editing, [ui.editor, ui.resting], **quiet, **_IN_TURN
-    ).then(steps.show_result, ui.editing, result, **quiet, **_IN_TURN)
-    ui.stop.click(steps.stop, ui.editing, ui.stop, queue=False, **quiet)
+    settings = [ui.model, ui.quality, ui.direction, ui.ticket, ui.editing]
+    result = [ui.player, ui.scrub, ui.scrubbed, ui.plot, ui.get_overlay, *_frame_outputs(ui)]
+    begun = [*running, ui.ticket, ui.editor, ui.resting, ui.marked, *_closing_outputs(ui)]
+    followed = ui.follow.click(steps.begin, [ui.editor, ui.editing], begun, **quiet, **_IN_TURN).then(
+        steps.run, settings, running, concurrency_id="model", concurrency_limit=CONCURRENCY, **quiet
+    )
+    # A run that waits for its turn is over when it is stopped, not when its turn comes.
+    stopped = ui.stop.click(steps.stop, ui.editing, [*running, *_closing_outputs(ui)], queue=False, **quiet)
+    for ended in (followed, stopped):
+        ended.then(steps.show_editor, ui.editing, [ui.editor, ui.resting], **quiet, **_IN_TURN).then(
+            steps.show_result, ui.editing, result, **quiet, **_IN_TURN
+        )
 
 
 def _connect_result(ui: SimpleNamespace, steps: Steps):
     quiet = _quiet(ui)
-    ui.scrub.change(steps.scrub, ui.scrub, ui.scrubbed, trigger_mode="always_last", queue=False, **quiet)
+    scrubbed = [ui.scrubbed, *_closing_outputs(ui)]
+    ui.scrub.change(steps.scrub, [ui.scrub, ui.editing], scrubbed, trigger_mode="always_last", queue=False, **quiet)
     marking = [ui.frame, ui.tools, ui.run_status, *_frame_outputs(ui)]
     ui.correct.click(steps.correct, [ui.scrub, ui.editor, ui.editing], marking, **quiet, **_IN_TURN).success(
         None, js=_TO_STEP.format(2)
@@ -306,15 +316,24 @@ def _publish(ui: SimpleNamespace, steps: Steps):
 def main():
     """Serves the page; host and port are Gradio's environment variables GRADIO_SERVER_NAME and GRADIO_SERVER_PORT."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    build().launch(
-        theme=page.theme(),
-        css_paths=page.STYLE,
-        max_file_size=LIMITS.max_bytes,
-        footer_links=["api", "settings"],
-        run_history=False,
-        ssr_mode=False,
-        show_error=True,
-    )
+    # Whoever ends it does so in order, as Ctrl+C does: visitors' files are not to stay.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # In the folder that Gradio serves from, so that results are not copied.
+    root = new_root(Path(get_upload_folder()))
+    workspaces = Workspaces(root)
+    try:
+        build(workspaces).launch(
+            theme=page.theme(),
+            css_paths=page.STYLE,
+            max_file_size=LIMITS.max_bytes,
+            footer_links=["api", "settings"],
+            run_history=False,
+            ssr_mode=False,
+            show_error=True,
+        )
+    finally:
+        workspaces.close_all()
+        shutil.rmtree(root, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import cv2
 import gradio as gr
 import numpy as np
 from following import Progress
-from workspace import LIMITS, PALETTE, VideoFacts, Workspace
+from workspace import LIMITS, PALETTE, VideoFacts, Workspace, duration_in_words
 
 from hf_deformvos.video import VideoReader, draw_overlay, read_mask
 
@@ -21,21 +21,28 @@ STYLE = Path(__file__).resolve().parent / "style.css"
 # Pictures in the page itself are for looking only; more pixels than this cost time on the way.
 _SHOWN_SIDE = 960
 _JPEG_QUALITY = 82
+# Seconds: how often Gradio looks for files that nothing else has removed, and how old they get. A program's files may
+# have to wait for their turn.
+LEFT_OVER = (1800, 7200)
 
 HEADER = f"""<header class="lead">
 <h1>{TITLE}</h1>
 <p>Mark something in one picture of a video. It is found in all the others: outlined, measured, ready to
 download.</p></header>"""
 
-LIMITS_TEXT = f"""<p class="hint" id="limits">{LIMITS.sentence()} Your video stays on this machine and is removed
-when you leave the page.</p>"""
+_KEPT = f"""The server keeps your video, and what comes of it, while this page is in use. All that is removed
+{duration_in_words(LIMITS.left_seconds)} after you leave, or when nothing has happened here for
+{duration_in_words(LIMITS.idle_seconds)}; single pictures that you paint on may stay for up to
+{duration_in_words(sum(LEFT_OVER))}."""
+
+LIMITS_TEXT = f"""<p class="hint" id="limits">{LIMITS.sentence()} {_KEPT}</p>"""
 
 _EXAMPLE_CREDIT = """<p class="hint">With a rabbit and a ruin marked already: the quickest way to see what happens.
 From <em>Big Buck Bunny</em>, © Blender Foundation,
 <a href="https://creativecommons.org/licenses/by/3.0/">CC BY 3.0</a>.
 </p>"""
 
-FOOTER = """<p class="hint foot">The model runs on this machine's processor. Things that look alike and pass close to
+FOOTER = """<p class="hint foot">The model runs on the server. Things that look alike and pass close to
 each other can be confused: go to the picture where it happens, correct it, and follow on from there.</p>"""
 
 EMPTY_MARK = "Choose a video above. Its pictures appear here, and you mark in one of them what is to be followed."
@@ -47,10 +54,11 @@ BOX_HINT = "Click two opposite corners of a box around the object. Its outline i
 BOX_SECOND = "Now click the opposite corner."
 FILE_HINT = "An image of the video's proportions: black is background, every other value or colour is an object."
 
-WAITING = "Waiting for its turn: somebody else's video is being followed."
+WAITING = "Waiting for its turn …"
 LOADING = "Getting ready …"
 WRITING = "Writing the video …"
 STOPPED_EARLY = "Stopped before it began."
+GONE = "Nothing had happened here for a long time, so the server has removed your video. Upload it again to go on."
 UNEXPECTED = "Something went wrong here, and it has been noted. Try again; if it happens again, load the page anew."
 API_DESCRIPTION = """Follow the objects of a mask through a video, as the page does it.
 
@@ -159,7 +167,8 @@ def picture(image: np.ndarray | None, text: str) -> str:
         return ""
     scale = _SHOWN_SIDE / max(image.shape[:2])
     if scale < 1:
-        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        size = [max(round(side * scale), 1) for side in image.shape[1::-1]]
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])[1].tobytes()
     source = "data:image/jpeg;base64," + base64.b64encode(encoded).decode()
     caption = f"<figcaption>{escape(text)}</figcaption>" if text else ""

@@ -8,6 +8,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,16 +32,14 @@ _EXAMPLES = Path(__file__).resolve().parent / "examples"
 EXAMPLE_VIDEO, EXAMPLE_MASK = _EXAMPLES / "bunny.mp4", _EXAMPLES / "bunny_mask.png"
 EXAMPLE_NAMES = ("Rabbit", "Ruin")
 
-# What browsers play, by and large; of others the first step shows no preview.
-_PLAYABLE = (".mp4", ".m4v", ".mov", ".webm", ".ogv", ".ogg")
 # Painted areas let the picture shine through; above one half, or they would not count as painted.
 _ALPHA = 166
 # The brush's radius is such a part of the picture's shorter side; Gradio's own choice does not look at the picture.
 _BRUSHES = 24
 # Pixels that the box tool's picture has across, where the video has fewer.
 _BOX_WIDTH = 640
-# Seconds between two pictures of the progress of reading a file.
-_INTERVAL = 0.25
+# Seconds between two pictures of the progress of reading a file, and between two looks whether a program still waits.
+_INTERVAL, _LOOK = 0.25, 1.0
 
 
 @dataclass
@@ -60,8 +59,13 @@ class Editing:
         names (`list[str]`): of the objects 1, 2 and so on.
         corner (`tuple[int, int]`, *optional*): the first corner of a box.
         is_running, is_cancelled (`bool`): whether a run was asked for, and whether it was called off.
+        runs, waiting (`int`): how many runs were asked for, and the number of the one that waits for its turn, else 0.
+        start (`int`): the frame that the last run starts from.
+        has_video (`bool`): whether a video was opened; if there is none then, it was removed meanwhile.
         has_news (`bool`): whether there is a new video, or a new result, that the page does not show yet.
         downloads (`tuple[Path, ...]`): video, masks and record of the last run.
+        facts (`dict`): what the record says of the last run.
+        saved (`tuple`): what the masks and the record were written from.
     """
 
     frame: int = 0
@@ -76,8 +80,22 @@ class Editing:
     corner: tuple[int, int] | None = None
     is_running: bool = False
     is_cancelled: bool = False
+    runs: int = 0
+    waiting: int = 0
+    start: int = 0
+    has_video: bool = False
     has_news: bool = False
     downloads: tuple[Path, ...] = ()
+    facts: dict = field(default_factory=dict)
+    saved: tuple = ()
+
+    def begin_anew(self, **given):
+        """For another video, or for none; what is counted goes on."""
+        self.__init__(load=self.load, runs=self.runs, **given)
+
+
+class VideoGone(DemoError):
+    """The video was removed while nobody used the page."""
 
 
 def guarded(handler):
@@ -87,6 +105,8 @@ def guarded(handler):
     def guard(*args, **kwargs):
         try:
             return handler(*args, **kwargs)
+        except VideoGone as error:
+            return args[0].close_steps(str(error))
         except DemoError as error:
             gr.Warning(str(error), title="Not yet")
         except Exception:
@@ -110,12 +130,17 @@ class Steps:
     def __init__(self, ui: SimpleNamespace, workspaces: Workspaces, models: Models):
         self.ui, self.workspaces, self.models = ui, workspaces, models
 
-    def _workspace(self, request: gr.Request) -> Workspace:
-        return self.workspaces.get(request.session_hash)
+    def _workspace(self, request: gr.Request, editing: Editing | None = None) -> Workspace:
+        """The visitor's workspace; `VideoGone` if it was removed and what is being edited with it."""
+        workspace = self.workspaces.get(request.session_hash)
+        if editing is not None and editing.has_video and workspace.facts is None:
+            editing.begin_anew()
+            raise VideoGone(page.GONE)
+        return workspace
 
     def leave(self, request: gr.Request):
-        """The page was closed or loaded anew."""
-        self.workspaces.close(request.session_hash)
+        """The page was closed or loaded anew, or the connection broke."""
+        self.workspaces.leave(request.session_hash)
 
     # 1 Video
 
@@ -136,12 +161,18 @@ class Steps:
             **{each: gr.update(visible=False) for each in (ui.mark_panel, ui.follow_panel, ui.result_panel)},
         }
 
+    def close_steps(self, why: str) -> dict:
+        """There is no video any more."""
+        return {**self.hide_steps(), self.ui.video: None, self.ui.video_status: page.alert(why)}
+
     def _open(self, path: Path, mask: Path | None, editing: Editing, request: gr.Request) -> Iterator[dict]:
         ui, kept = self.ui, ""
         editing.has_news = False
         try:
             workspace = self._workspace(request)
             kept = f" {workspace.facts.name} is still open." if workspace.facts else ""
+            if mask is None:
+                workspace.receive(path)
             told = 0.0
             for done, expected in workspace.import_video(path):
                 if time.monotonic() - told > _INTERVAL:
@@ -149,27 +180,42 @@ class Steps:
                     of = f" of about {expected}" if expected else ""
                     share = min(done / expected, 1.0) if expected else None
                     yield {ui.video_status: page.progress_bar(share, f"Reading the video: {done}{of} frames")}
-            editing.__init__(load=editing.load, has_news=True)
+            editing.begin_anew(has_news=True, has_video=True)
+            has_preview = mask is not None or workspace.is_playable
+            workspace.source = path if mask is None and has_preview else None
+            self._discard_uploads(workspace)
             if mask is not None:
                 workspace.set_marks(0, mask_file_to_id_map(mask, self._size(workspace)))
                 editing.names = list(EXAMPLE_NAMES)
             self._name_objects(workspace, editing)
         except DemoError as error:
-            yield {ui.video: None, ui.video_status: page.alert(str(error) + kept)}
+            yield {**self._without_preview(mask), ui.video_status: page.alert(str(error) + kept)}
         except Exception:
             logger.exception("A video could not be opened.")
-            yield {ui.video: None, ui.video_status: page.alert(page.UNEXPECTED + kept)}
+            yield {**self._without_preview(mask), ui.video_status: page.alert(page.UNEXPECTED + kept)}
         else:
-            shown = {ui.video: str(path)} if mask is not None else {}
-            yield {**shown, ui.video_status: page.facts_line(workspace.facts, path.suffix.lower() in _PLAYABLE)}
+            shown = {ui.video: str(path)} if mask is not None else {} if has_preview else {ui.video: None}
+            yield {**shown, ui.video_status: page.facts_line(workspace.facts, has_preview)}
+
+    def _without_preview(self, mask: Path | None) -> dict:
+        """Takes away the preview of an upload; the example has none before it is open."""
+        return {} if mask is not None else {self.ui.video: None}
+
+    def _discard_uploads(self, workspace: Workspace):
+        """Of what was uploaded for this video and for earlier ones, keeps only what the page plays."""
+        earlier, workspace.uploads = workspace.uploads, {}
+        if workspace.source in earlier:
+            workspace.uploads[workspace.source] = earlier.pop(workspace.source)
+        self.workspaces.discard(earlier)
 
     @guarded
     def show_video(self, editing: Editing, request: gr.Request) -> dict:
         """Opens the steps again, for a video that has just been read or for the one before it."""
-        workspace, ui = self._workspace(request), self.ui
+        workspace, ui = self._workspace(request, editing), self.ui
         if workspace.facts is None:
             return gr.skip()
         updates = {
+            **({} if editing.is_running else self._idle()),
             ui.mark_empty: gr.update(visible=False),
             ui.mark_panel: gr.update(visible=True),
             ui.follow_empty: gr.update(visible=False),
@@ -196,8 +242,8 @@ class Steps:
         """The visitor took the video away."""
         ui = self.ui
         self.workspaces.close(request.session_hash)
-        editing.__init__(load=editing.load)
-        return {ui.video_status: "", ui.run_status: "", ui.live: "", **self.hide_steps()}
+        editing.begin_anew()
+        return {ui.video_status: "", ui.run_status: "", ui.live: "", **self.hide_steps(), **self._idle()}
 
     # 2 Mark
 
@@ -252,6 +298,7 @@ class Steps:
             ui.add: gr.update(interactive=len(editing.names) < LIMITS.max_objects),
             ui.marked: page.marked_table(workspace, editing.names, frame_idx, ids),
             ui.start: page.hint(f"Starts at {page.frame_label(workspace, frame_idx)}, the one shown above."),
+            **self._saved_anew(workspace, editing),
         }
         if editing.tool == "brush" and reload:
             image = workspace.frames[frame_idx]
@@ -260,16 +307,17 @@ class Steps:
             layer = cornered(id_map_to_layer(editing.given, PALETTE, _ALPHA))
             editing.load += 1
             editing.radius = max(round(min(image.shape[:2]) / _BRUSHES), 2)
-            image = stamped(image, editing.load % NUMBERS)
+            image = workspace.keep_picture("editor", stamped(image, editing.load % NUMBERS))
+            layer = workspace.keep_picture("layer", layer)
             updates[ui.editor] = gr.update(
-                value={"background": image, "layers": [layer], "composite": None},
+                value={"background": str(image), "layers": [str(layer)], "composite": None},
                 brush=brush(editing.obj_id, editing.radius),
                 eraser=gr.Eraser(default_size=editing.radius),
                 visible=not editing.is_running,
             )
             updates[ui.resting] = self._resting(workspace, editing) if editing.is_running else ""
         if editing.tool == "box":
-            updates[ui.box_picture] = self._enlarged(workspace, frame_idx)
+            updates[ui.box_picture] = self._box_picture(workspace, self._enlarged(workspace, frame_idx))
             updates[ui.box_hint] = page.hint(page.BOX_HINT)
         if editing.tool == "file":
             text = f"{page.frame_label(workspace, frame_idx)}, as it is marked"
@@ -304,6 +352,10 @@ class Steps:
         image = self._marked(workspace, frame_idx)
         return image if times == 1 else cv2.resize(image, None, fx=times, fy=times, interpolation=cv2.INTER_CUBIC)
 
+    @staticmethod
+    def _box_picture(workspace: Workspace, image: np.ndarray) -> str:
+        return str(workspace.keep_picture("box", image, ".jpg"))
+
     def _objects(self, editing: Editing) -> dict:
         """The objects to choose from; not which one is chosen: a visitor may be choosing or naming one just now."""
         choices = [(name or f"Object {i}", i) for i, name in enumerate(editing.names, start=1)]
@@ -320,7 +372,7 @@ class Steps:
     @guarded
     def go_to_frame(self, frame: float, editor_value: dict, editing: Editing, request: gr.Request) -> dict:
         """Another frame to mark; what was painted on the last one is kept."""
-        workspace = self._workspace(request)
+        workspace = self._workspace(request, editing)
         frame_idx = int(frame or 0)
         if frame_idx == editing.frame or workspace.facts is None or frame_idx >= workspace.facts.num_frames:
             return gr.skip()
@@ -331,7 +383,7 @@ class Steps:
     @guarded
     def settle(self, frame: float, editing: Editing, request: gr.Request) -> dict:
         """The frame that the slider came to rest on: its events may arrive in another order than they were sent."""
-        workspace, frame_idx = self._workspace(request), int(frame or 0)
+        workspace, frame_idx = self._workspace(request, editing), int(frame or 0)
         if frame_idx == editing.frame or workspace.facts is None or frame_idx >= workspace.facts.num_frames:
             return gr.skip()
         editing.frame = frame_idx
@@ -340,7 +392,7 @@ class Steps:
     @guarded
     def use_tool(self, tool: str, editor_value: dict, editing: Editing, request: gr.Request) -> dict:
         """A tool was opened: brush, box or file."""
-        workspace = self._workspace(request)
+        workspace = self._workspace(request, editing)
         if workspace.facts is None:
             return gr.skip()
         has_arrived = self._commit(workspace, editing, editor_value)
@@ -376,9 +428,10 @@ class Steps:
     @guarded
     def rename_object(self, name: str, obj_id: int, editing: Editing, request: gr.Request) -> dict:
         """The name of an object; by now, another one may be chosen."""
-        workspace = self._workspace(request)
+        workspace = self._workspace(request, editing)
         name = " ".join((name or "").split())[:40] or f"Object {obj_id}"
-        if workspace.facts is None or name == editing.names[obj_id - 1]:
+        # The object may be one of the video before this one.
+        if workspace.facts is None or obj_id > len(editing.names) or name == editing.names[obj_id - 1]:
             return gr.skip()
         editing.names[obj_id - 1] = name
         self._name_objects(workspace, editing)
@@ -387,12 +440,13 @@ class Steps:
             self.ui.objects: self._objects(editing),
             self.ui.marked: page.marked_table(workspace, editing.names, editing.frame, ids),
             self.ui.plot: self._plot(workspace),
+            **self._saved_anew(workspace, editing),
         }
 
     @guarded
     def click_corner(self, editing: Editing, request: gr.Request, event: gr.SelectData) -> dict:
         """A click on the picture of the box tool: the first corner, or the second."""
-        workspace, place = self._workspace(request), (int(event.index[0]), int(event.index[1]))
+        workspace, place = self._workspace(request, editing), (int(event.index[0]), int(event.index[1]))
         self._size(workspace)
         editing.tool = "box"
         point = tuple(number // self._enlargement(workspace) for number in place)
@@ -401,7 +455,7 @@ class Steps:
             image, shade = self._enlarged(workspace, editing.frame), PALETTE[editing.obj_id].tolist()
             image = cv2.drawMarker(image, place, shade, cv2.MARKER_CROSS, 24, 3)
             return {
-                self.ui.box_picture: image,
+                self.ui.box_picture: self._box_picture(workspace, image),
                 self.ui.box_hint: page.note(page.BOX_SECOND),
                 self.ui.left: point[0],
                 self.ui.top: point[1],
@@ -417,7 +471,7 @@ class Steps:
         """A box by its numbers."""
         if None in (left, top, right, bottom):
             raise DemoError("A box needs four numbers: left, top, right and bottom, in pixels.")
-        return self._mark_box(self._workspace(request), editing, (left, top, right, bottom))
+        return self._mark_box(self._workspace(request, editing), editing, (left, top, right, bottom))
 
     def _mark_box(self, workspace: Workspace, editing: Editing, box: tuple) -> dict:
         size, obj_id = self._size(workspace), editing.obj_id
@@ -440,7 +494,8 @@ class Steps:
         """A mask from a file takes the place of what is marked on the frame."""
         if path is None:
             return gr.skip()
-        workspace = self._workspace(request)
+        workspace = self._workspace(request, editing)
+        workspace.receive(Path(path))
         editing.tool = "file"
         workspace.set_marks(editing.frame, mask_file_to_id_map(path, self._size(workspace)))
         self._name_objects(workspace, editing)
@@ -448,10 +503,10 @@ class Steps:
 
     @guarded
     def clear_frame(self, editing: Editing, request: gr.Request) -> dict:
-        """Forgets the marks of the frame; what was found there comes back."""
-        workspace = self._workspace(request)
+        """Forgets the marks of the frame; what was found there before comes back, or nothing stays."""
+        workspace = self._workspace(request, editing)
         self._size(workspace)
-        workspace.clear_marks(editing.frame)
+        workspace.clear_frame(editing.frame)
         return self._show_frame(workspace, editing)
 
     # 3 Follow
@@ -459,7 +514,7 @@ class Steps:
     def begin(self, editor_value: dict, editing: Editing, request: gr.Request) -> dict:
         """Takes what is painted and makes the page ready for `run`, or says why there is nothing to run."""
         try:
-            workspace = self._workspace(request)
+            workspace = self._workspace(request, editing)
             if editing.is_running or workspace.is_busy:
                 return gr.skip()  # a second click
             self._commit(workspace, editing, editor_value)
@@ -468,13 +523,18 @@ class Steps:
                 workspace.set_marks(editing.frame, ids)
             if not workspace.marks:
                 raise DemoError("Nothing is marked yet. Paint over an object, box it, or upload a mask in step 2.")
+        except VideoGone as error:
+            return self.close_steps(str(error))
         except DemoError as error:
             return {self.ui.run_status: page.alert(str(error))}
         except Exception:
             logger.exception("A run did not begin.")
             return {self.ui.run_status: page.alert(page.UNEXPECTED)}
         editing.is_running, editing.is_cancelled, editing.is_hidden = True, False, True
+        editing.runs += 1
+        editing.waiting, editing.start = editing.runs, editing.frame
         return {
+            self.ui.ticket: editing.runs,
             self.ui.follow: gr.update(interactive=False),
             self.ui.stop: gr.update(interactive=True),
             self.ui.run_status: page.progress_bar(None, page.WAITING),
@@ -488,42 +548,51 @@ class Steps:
     def _caption(workspace: Workspace, frame_idx: int) -> str:
         return page.frame_label(workspace, frame_idx).capitalize()
 
+    @guarded
     def stop(self, editing: Editing, request: gr.Request) -> dict:
-        """Ends the run; what is done stays."""
+        """Ends the run; what is done stays. A run that waits for its turn is over at once, and never gets it."""
         editing.is_cancelled = True
+        if editing.waiting:
+            editing.waiting, editing.is_running = 0, False
+            return {**self._idle(), self.ui.run_status: page.note(page.STOPPED_EARLY), self.ui.live: ""}
         self._workspace(request).stop.set()
         return {self.ui.stop: gr.update(interactive=False)}
 
-    def run(self, model: str, quality: str, direction: str, editing: Editing, request: gr.Request) -> Iterator[dict]:
+    def run(
+        self, model: str, quality: str, direction: str, ticket: float, editing: Editing, request: gr.Request
+    ) -> Iterator[dict]:
         """Follows, shows every few frames, and writes what there is to download."""
-        if not editing.is_running:  # `begin` found a reason
-            yield gr.skip()
+        if not editing.waiting or ticket != editing.waiting:
+            # `begin` found a reason, or it was called off while it waited, or another run goes on.
+            yield gr.skip() if editing.is_running else self._idle()
             return
-        workspace, text = self._workspace(request), page.STOPPED_EARLY
+        editing.waiting, workspace = 0, None
         try:
-            if not editing.is_cancelled:
-                started = time.monotonic()
-                for progress in follow(workspace, self.models, model, quality, editing.frame, direction):
-                    shown = workspace.overlay(progress.frame_idx)
-                    yield {
-                        self.ui.run_status: page.run_progress(progress),
-                        self.ui.live: page.picture(shown, self._caption(workspace, progress.frame_idx)),
-                    }
-                facts = run_facts(model, quality, direction, editing.frame, progress, started)
-                writing = page.progress_bar(None, page.WRITING)
-                yield {self.ui.stop: gr.update(interactive=False), self.ui.run_status: writing}
-                if workspace.num_done:
-                    yield from self._export(workspace, editing, facts)
-                    text = page.run_summary(facts)
+            workspace, text, started = self._workspace(request, editing), page.STOPPED_EARLY, time.monotonic()
+            for progress in follow(workspace, self.models, model, quality, editing.start, direction):
+                if editing.is_cancelled:  # it may have been before `follow` began to listen
+                    workspace.stop.set()
+                shown = workspace.overlay(progress.frame_idx)
+                yield {
+                    self.ui.run_status: page.run_progress(progress),
+                    self.ui.live: page.picture(shown, self._caption(workspace, progress.frame_idx)),
+                }
+            editing.facts = run_facts(model, quality, direction, editing.start, progress, started)
+            writing = page.progress_bar(None, page.WRITING)
+            yield {self.ui.stop: gr.update(interactive=False), self.ui.run_status: writing}
+            if workspace.num_done:
+                yield from self._export(workspace, editing)
+                text = page.run_summary(editing.facts)
             yield {**self._idle(), self.ui.run_status: page.note(text)}
         except DemoError as error:
-            gone = workspace.is_closed  # the visitor took the video away, and knows
+            gone = workspace is not None and workspace.is_closed  # the visitor took the video away, and knows
             yield {**self._idle(), self.ui.run_status: "" if gone else page.alert(str(error))}
         except Exception:
             logger.exception("A run failed.")
             yield {**self._idle(), self.ui.run_status: page.alert(page.UNEXPECTED)}
         finally:
-            editing.is_running = False
+            if ticket == editing.runs:
+                editing.is_running = False
 
     def _idle(self) -> dict:
         return {self.ui.follow: gr.update(interactive=True), self.ui.stop: gr.update(interactive=False)}
@@ -536,28 +605,65 @@ class Steps:
             return gr.skip()
         return {self.ui.editor: gr.update(visible=True), self.ui.resting: ""}
 
-    def _export(self, workspace: Workspace, editing: Editing, facts: dict) -> Iterator[dict]:
-        """Writes the downloads."""
-        told = 0.0
-        editing.downloads = overlay, masks, record = self._export_paths(workspace)
-        for share in write_overlay(workspace, overlay):
-            if time.monotonic() - told > _INTERVAL:
-                told = time.monotonic()
-                yield {self.ui.run_status: page.progress_bar(share, page.WRITING)}
-        write_masks_zip(workspace, masks)
-        write_json(workspace, record, facts)
+    def _export(self, workspace: Workspace, editing: Editing) -> Iterator[dict]:
+        """Writes the downloads; the earlier ones stay until all of the new ones are there."""
+        told, saved = 0.0, self._state(workspace)
+        with _new_downloads(workspace) as paths:
+            for share in write_overlay(workspace, paths[0]):
+                if time.monotonic() - told > _INTERVAL:
+                    told = time.monotonic()
+                    yield {self.ui.run_status: page.progress_bar(share, page.WRITING)}
+            write_masks_zip(workspace, paths[1])
+            write_json(workspace, paths[2], editing.facts)
+        self._offer(editing, paths, saved)
         editing.has_news = True
+
+    @staticmethod
+    def _state(workspace: Workspace) -> tuple:
+        """What masks and record depend on."""
+        return workspace.version, workspace.labels()
+
+    @staticmethod
+    def _offer(editing: Editing, paths: tuple[Path, ...], saved: tuple):
+        """Takes new downloads in the place of earlier ones."""
+        earlier, editing.downloads, editing.saved = editing.downloads, paths, saved
+        for path in set(earlier) - set(paths):
+            with suppress(OSError):
+                path.unlink()
+                path.parent.rmdir()
+
+    def _saved_anew(self, workspace: Workspace, editing: Editing) -> dict:
+        """
+        Masks and record anew, where a mark, a result or a name is another one since they were written. The video stays
+        as it is: it takes as long as a run, and is written by the next one.
+        """
+        saved = self._state(workspace)
+        if not editing.downloads or saved == editing.saved or workspace.is_busy or not workspace.num_done:
+            return {}
+        try:
+            with _new_downloads(workspace) as (_, masks, record):
+                write_masks_zip(workspace, masks)
+                write_json(workspace, record, editing.facts)
+        except DemoError:
+            logger.exception("Downloads could not be written anew.")
+            return {}
+        self._offer(editing, (editing.downloads[0], masks, record), saved)
+        return {self.ui.get_masks: str(masks), self.ui.get_record: str(record)}
 
     @guarded
     def show_result(self, editing: Editing, request: gr.Request) -> dict:
         """Opens the last step after a run, and shows in step 2 what was found."""
-        workspace, ui = self._workspace(request), self.ui
+        workspace, ui = self._workspace(request, editing), self.ui
+        if editing.is_running:
+            return gr.skip()
         if not editing.has_news:
-            return self._show_frame(workspace, editing) if workspace.facts else gr.skip()
+            is_new = workspace.facts is not None and editing.is_hidden
+            return self._show_frame(workspace, editing) if is_new else gr.skip()
         editing.has_news = False
+        shown = self._show_frame(workspace, editing)
         overlay, masks, record = map(str, editing.downloads)
         return {
-            **self._show_frame(workspace, editing),
+            **shown,
             ui.result_empty: gr.update(visible=False),
             ui.result_panel: gr.update(visible=True),
             ui.player: overlay,
@@ -568,16 +674,6 @@ class Steps:
             ui.get_masks: masks,
             ui.get_record: record,
         }
-
-    @staticmethod
-    def _export_paths(workspace: Workspace) -> tuple[Path, Path, Path]:
-        """Where the downloads go. Never the same names again: browsers keep what they have seen."""
-        folder = workspace.folder / "downloads"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder = folder / secrets.token_hex(8)
-        folder.mkdir(parents=True)
-        stem = Path(workspace.facts.name).stem[:60] or "video"
-        return folder / f"{stem}_followed.mp4", folder / f"{stem}_masks.zip", folder / f"{stem}_results.json"
 
     @staticmethod
     def _plot(workspace: Workspace) -> gr.LinePlot:
@@ -592,9 +688,9 @@ class Steps:
         return page.picture(workspace.overlay(frame_idx), text)
 
     @guarded
-    def scrub(self, frame: float, request: gr.Request) -> dict:
+    def scrub(self, frame: float, editing: Editing, request: gr.Request) -> dict:
         """Another frame of the result."""
-        workspace, frame_idx = self._workspace(request), int(frame or 0)
+        workspace, frame_idx = self._workspace(request, editing), int(frame or 0)
         if workspace.facts is None or frame_idx >= workspace.facts.num_frames:
             return gr.skip()
         return {self.ui.scrubbed: self._scrubbed(workspace, frame_idx)}
@@ -602,7 +698,7 @@ class Steps:
     @guarded
     def correct(self, frame: float, editor_value: dict, editing: Editing, request: gr.Request) -> dict:
         """Takes a frame of the result back to step 2."""
-        workspace, frame_idx = self._workspace(request), int(frame or 0)
+        workspace, frame_idx = self._workspace(request, editing), int(frame or 0)
         self._size(workspace)
         self._commit(workspace, editing, editor_value)
         editing.frame, editing.tool = frame_idx, "brush"
@@ -625,32 +721,65 @@ class Steps:
         direction: str = "both",
         model: str | None = None,
         quality: str = "Standard",
-    ) -> tuple[str, str, str]:
-        """The whole job in one call, for programs; the visitor's page has no part in it."""
+    ) -> Iterator[tuple[str | None, str | None, str | None]]:
+        """
+        The whole job in one call, for programs; the visitor's page has no part in it. Nothing is given again and
+        again until all is done: that is when Gradio ends the job of a program that does not wait any more.
+        """
         key = f"program-{secrets.token_hex(16)}"
         try:
             if video is None or mask is None:
                 raise DemoError("A video and a mask are needed.")
-            workspace = self.workspaces.get(key)
-            for _ in workspace.import_video(video):
-                pass
-            workspace.set_marks(int(frame), mask_file_to_id_map(mask, self._size(workspace)))
+            if frame is None:
+                raise DemoError("`frame` must be the number of the mask's frame, counted from 0; got nothing.")
+            workspace, start = self.workspaces.get(key), int(frame)
+            for _ in _now_and_then(workspace.import_video(video)):
+                yield None, None, None
+            workspace.set_marks(start, mask_file_to_id_map(mask, self._size(workspace)))
             started = time.monotonic()
-            *_, progress = follow(workspace, self.models, model, quality, int(frame), direction)
-            facts = run_facts(model, quality, direction, int(frame), progress, started)
-            paths = self._export_paths(workspace)
-            for _ in write_overlay(workspace, paths[0]):
-                pass
-            write_masks_zip(workspace, paths[1])
-            write_json(workspace, paths[2], facts)
+            with closing(follow(workspace, self.models, model, quality, start, direction)) as reports:
+                for report in reports:
+                    progress = report
+                    yield None, None, None
+            facts = run_facts(model, quality, direction, start, progress, started)
+            with _new_downloads(workspace) as paths:
+                for _ in _now_and_then(write_overlay(workspace, paths[0])):
+                    yield None, None, None
+                write_masks_zip(workspace, paths[1])
+                write_json(workspace, paths[2], facts)
             # The workspace goes now; Gradio removes these in its own time.
             folder = Path(get_upload_folder()) / secrets.token_hex(16)
             shutil.move(paths[0].parent, folder)
-            return tuple(str(folder / path.name) for path in paths)
+            yield tuple(str(folder / path.name) for path in paths)
         except DemoError as error:
             raise gr.Error(str(error), print_exception=False) from error
         finally:
             self.workspaces.close(key)
+
+
+@contextmanager
+def _new_downloads(workspace: Workspace) -> Iterator[tuple[Path, Path, Path]]:
+    """
+    Where video, masks and record go; all or nothing. Never the same names again: browsers keep what they have seen.
+    """
+    folder = workspace.folder / "downloads" / secrets.token_hex(8)
+    folder.mkdir(parents=True)
+    stem = Path(workspace.facts.name).stem[:60] or "video"
+    try:
+        yield folder / f"{stem}_followed.mp4", folder / f"{stem}_masks.zip", folder / f"{stem}_results.json"
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _now_and_then(steps: Iterator) -> Iterator[None]:
+    """Goes through steps, and stops by once in a while; closes them if nobody goes on."""
+    told = time.monotonic()
+    with closing(steps):
+        for _ in steps:
+            if time.monotonic() - told > _LOOK:
+                told = time.monotonic()
+                yield
 
 
 def run_facts(model: str, quality: str, direction: str, start: int, progress: Progress, started: float) -> dict:

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from operator import index as as_index
@@ -241,7 +241,7 @@ class Workspace:
     Attributes:
         has_left (`bool`): whether the page was closed, or seems so, since it was last seen.
         source (`Path`, *optional*): the file that the video was uploaded as; the page plays it.
-        loose (`set[Path]`): files outside of the folder that belong to the visitor, such as uploads.
+        uploads (`dict[Path, int]`): what the visitor sent and Gradio keeps, with each file's number on disk.
         version (`int`): grows with every change of marks and results.
     """
 
@@ -255,7 +255,7 @@ class Workspace:
         self.last_used = time.monotonic()
         self.has_left = False
         self.source: Path | None = None
-        self.loose: set[Path] = set()
+        self.uploads: dict[Path, int] = {}
         self.version = 0
         self._lock = threading.Lock()
         self._writing = threading.Lock()
@@ -324,13 +324,14 @@ class Workspace:
         if held:
             self._lock.release()
 
-    def keep_picture(self, kind: str, image: np.ndarray) -> Path:
+    def keep_picture(self, kind: str, image: np.ndarray, suffix: str = ".png") -> Path:
         """
         A file with a picture for the browser, which may ask for it again: it is not in the folder, which goes at once.
 
         Args:
             kind (`str`): what shows it; of each kind the last few are kept.
             image (`np.ndarray` of shape `(height, width, 3 or 4)`, uint8): RGB or RGBA.
+            suffix (`str`, *optional*, defaults to `".png"`): the kind of file.
 
         Raises:
             DemoError: if the disk is full.
@@ -338,22 +339,30 @@ class Workspace:
         self._check_open()
         check_disk(self.folder, self.limits)
         folder = self.folder.with_name(self.folder.name.replace("video", "pictures"))
-        encoded = cv2.imencode(".png", cv2.cvtColor(image, _TO_BGR[image.shape[2]]))[1]
-        path = folder / f"{secrets.token_hex(16)}.png"
+        encoded = cv2.imencode(suffix, cv2.cvtColor(image, _TO_BGR[image.shape[2]]))[1]
+        path = folder / f"{secrets.token_hex(16)}{suffix}"
         with _on_disk():
             folder.mkdir(exist_ok=True)
             path.write_bytes(encoded)
         kept = self._pictures.setdefault(kind, [])
         kept.append(path)
-        self.loose.add(path)
         while len(kept) > _KEPT_PICTURES:
-            self.loose.discard(kept[0])
             kept.pop(0).unlink(missing_ok=True)
         return path
 
+    def receive(self, path: Path):
+        """A file was uploaded."""
+        with suppress(OSError):
+            self.uploads[path] = path.stat().st_ino
+
+    @property
+    def loose(self) -> dict[Path, int | None]:
+        """All files outside of the folder; the number on disk of those that are not this workspace's alone."""
+        return {**self.uploads, **dict.fromkeys(path for kept in self._pictures.values() for path in kept)}
+
     def keep_files(self):
         """Makes young what the page still shows: Gradio removes what is old."""
-        shown = [path for kept in self._pictures.values() for path in kept]
+        shown = [path for kept in list(self._pictures.values()) for path in list(kept)]
         for path in (*shown, *self.folder.glob("downloads/*/*"), *filter(None, [self.source])):
             with suppress(OSError):
                 os.utime(path)
@@ -787,7 +796,7 @@ class Workspaces:
         self._is_own_root = root is None
         self._open: dict[str, Workspace] = {}
         # When workspaces were closed, and their loose files.
-        self._left_over: list[tuple[float, set[Path]]] = []
+        self._left_over: list[tuple[float, dict[Path, int | None]]] = []
         self._lock = threading.Lock()
         self._ended = threading.Event()
         threading.Thread(target=self._sweep_forever, name="deformvos-sweep", daemon=True).start()
@@ -850,20 +859,25 @@ class Workspaces:
         self._close(gone)
         with self._lock:
             kept, last = list(self._open.values()), now - limits.left_seconds
-            old = set().union(*(files for when, files in self._left_over if when < last))
+            old = [files for when, files in self._left_over if when < last]
             self._left_over = [(when, files) for when, files in self._left_over if when >= last]
-        self.discard(old)
+        for files in old:
+            self.discard(files)
         for workspace in kept:
             workspace.keep_files()
 
-    def discard(self, files: Iterable[Path]):
-        """Remove loose files, except those of open workspaces: Gradio keeps two visitors' equal uploads once."""
+    def discard(self, files: Mapping[Path, int | None]):
+        """
+        Remove loose files of a workspace. Gradio keeps equal uploads of two visitors as one file, of the later one; it
+        stays if it belongs to an open workspace, or came after the one that is meant.
+        """
         with self._lock:
-            held = set().union(*(workspace.loose for workspace in self._open.values()))
-        for path in set(files) - held:
+            held = set().union(*(workspace.uploads for workspace in self._open.values()))
+        for path, number in files.items():
             with suppress(OSError):
-                path.unlink()
-                path.parent.rmdir()
+                if path not in held and number in (None, path.stat().st_ino):
+                    path.unlink()
+                    path.parent.rmdir()
 
     def _close(self, gone: list[Workspace], **how):
         """Close workspaces; their loose files follow a little later: a page may still be there, and ask for them."""
@@ -879,7 +893,8 @@ class Workspaces:
         with self._lock:
             gone, self._open = list(self._open.values()), {}
         self._close(gone, wait=1.0)
-        self.discard(set().union(*(files for _, files in self._left_over)))
+        for _, files in self._left_over:
+            self.discard(files)
         if self._is_own_root:
             shutil.rmtree(self._root, ignore_errors=True)
 

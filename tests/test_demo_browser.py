@@ -148,9 +148,11 @@ def paint_object(page, obj_id, box):
 
 def test_mask_file_to_downloads(visit, files, tmp_path):
     page = visit(viewport=DESKTOP)
-    expect(page.find("#limits")).to_contain_text("Up to 20 seconds, 2.0 MB and 4096 pixels a side")
+    expect(page.find("#limits")).to_contain_text("Up to 20 seconds, 18,000 frames, 2.0 MB and 4096 pixels a side")
     page.open_video(files / "squares.mp4")
     expect(page.find("#video_status")).to_contain_text("12 frames")
+    # It would cut what the browser plays, and nothing else.
+    expect(page.find("#video").get_by_label("Trim video to selection")).to_be_hidden()
 
     # Nothing marked: a message, and all goes on from there.
     page.follow()
@@ -387,6 +389,19 @@ def test_loading_anew_during_a_run(visit, files, demo_server):
     page.remove_video()
     expect(page.find("#follow")).to_have_count(0)
     assert_no_videos(demo_server)  # neither the video that was left nor the one that was taken away
+
+
+def test_a_page_that_was_offline_for_a_moment_goes_on(visit, files, demo_server):
+    page = visit()
+    page.open_video(files / "short.mp4")
+    page.mark_file(files / "mask.png")
+    page.context.set_offline(True)
+    page.page.wait_for_timeout(3000)
+    page.context.set_offline(False)
+    page.choose("quality", "Fast")
+    page.follow()
+    page.wait_for_result("6 frames in")
+    page.problems.clear()  # of the connection that broke
 
 
 def test_two_visitors_at_once(visit, files, tmp_path):

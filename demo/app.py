@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import signal
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -316,13 +317,16 @@ def _publish(ui: SimpleNamespace, steps: Steps):
 def main():
     """Serves the page; host and port are Gradio's environment variables GRADIO_SERVER_NAME and GRADIO_SERVER_PORT."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # Whoever ends it does so in order, as Ctrl+C does: visitors' files are not to stay.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Whoever ends it does so in order: visitors' files are not to stay.
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
     # In the folder that Gradio serves from, so that results are not copied.
     root = new_root(Path(get_upload_folder()))
     workspaces = Workspaces(root)
+    demo = build(workspaces)
     try:
-        build(workspaces).launch(
+        demo.launch(
             theme=page.theme(),
             css_paths=page.STYLE,
             max_file_size=LIMITS.max_bytes,
@@ -330,9 +334,13 @@ def main():
             run_history=False,
             ssr_mode=False,
             show_error=True,
+            prevent_thread_lock=True,
         )
+        while not ended.wait(1.0):
+            pass
     finally:
         workspaces.close_all()
+        demo.close(verbose=False)  # Gradio's own files go with it
         shutil.rmtree(root, ignore_errors=True)
 
 

@@ -381,19 +381,15 @@ def measure(
         if not path.exists():
             raise NumbersError(f"{what} are missing: {path} does not exist")
     options = ["--dataset", "davis2016", "--split", "val", *extra]
-    commands = [["evaluate", "--model", model, *options, "--root", dataset.name]]
     with tempfile.TemporaryDirectory() as folder:
-        evaluated, report_path = model, Path(folder) / "report.json"
+        commands, evaluated, shown, report_path = [], model, model, Path(folder) / "report.json"
         if exported:
-            evaluated = str(Path(folder) / "exported")
+            evaluated, shown = str(Path(folder) / "exported"), "exported"
             run_deformvos("export", model, evaluated, "--dtype", exported, root=root)
-            commands = [
-                ["export", model, "exported", "--dtype", exported],
-                ["evaluate", "--model", "exported", *options],
-            ]
-            commands[-1] += ["--root", dataset.name]
+            commands.append(["deformvos", "export", model, shown, "--dtype", exported])
         arguments = ["--model", evaluated, *options, "--root", str(dataset), "--json", str(report_path)]
         run_deformvos("evaluate", *arguments, root=root)
+        commands.append(["deformvos", "evaluate", "--model", shown, *options, "--root", dataset.name])
         report = json.loads(report_path.read_text())
     if report["dataset"]["num_sequences"] != NUM_SEQUENCES:
         count = report["dataset"]["num_sequences"]
@@ -422,9 +418,7 @@ def measure_budget(root: Path = ROOT):
 def as_record(report: dict, model: str, weights: Path, command: str, exported: str | None = None) -> dict:
     """What is kept of an evaluation's report, of weights that are still those that were evaluated."""
     if exported:  # the report has the checksum of graphs that no longer exist
-        return measurements.as_record(
-            {**report, "weights_sha256": sha256_of(weights)}, model, weights, command, exported
-        )
+        report = {**report, "weights_sha256": sha256_of(weights)}
     if report["weights_sha256"] != sha256_of(weights):
         raise NumbersError(f"{weights} changed while it was evaluated; nothing was recorded, run it again")
     return measurements.as_record(report, model, weights, command, exported)

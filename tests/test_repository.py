@@ -5,9 +5,12 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+from hf_deformvos.publishing import measurements
 
 
 def tracked_texts():
@@ -128,6 +131,38 @@ def test_numbers_of_other_weights_are_refused(small_repository):
     assert "other weights" in numbers.check(small_repository)[0]
     (small_repository / "hub_cards" / "m" / "model.safetensors").unlink()
     assert "missing" in numbers.check(small_repository)[0]
+
+
+@pytest.mark.parametrize("exported", [None, "int8"])
+def test_what_was_measured_names_its_commands(small_repository, monkeypatch, exported):
+    numbers = load_script("update_numbers")
+    (small_repository / "data" / "davis2016-val" / "JPEGImages").mkdir(parents=True)
+    report = {**REPORT, "dataset": {**REPORT["dataset"], "num_sequences": numbers.NUM_SEQUENCES}}
+    report |= {"weights_sha256": "of the graphs"} if exported else {}
+    ran = []
+
+    def run(*arguments, root):
+        ran.append(arguments[0])
+        if arguments[0] == "evaluate":
+            Path(arguments[arguments.index("--json") + 1]).write_text(json.dumps(report))
+
+    monkeypatch.setattr(numbers, "run_deformvos", run)
+    options = ["--threads", "2"]
+    path = numbers.measure(small_repository / "data", "hub_cards/m", options, "x", exported, root=small_repository)
+    record = json.loads(path.read_text())
+    evaluated = "--dataset davis2016 --split val --threads 2 --root davis2016-val"
+    if exported:
+        assert ran == ["export", "evaluate"] and record["exported"] == "int8"
+        assert record["command"] == (
+            f"deformvos export hub_cards/m exported --dtype int8 && deformvos evaluate --model exported {evaluated}"
+        )
+    else:
+        assert ran == ["evaluate"] and "exported" not in record
+        assert record["command"] == f"deformvos evaluate --model hub_cards/m {evaluated}"
+    assert path.name == "m-davis2016-val-x.json"
+    weights = small_repository / "hub_cards" / "m" / "model.safetensors"
+    assert record["weights_sha256"] == numbers.sha256_of(weights)
+    assert bool(measurements.find_records([path], weights)) is (exported is None), "cards show the weights themselves"
 
 
 def test_numbers_not_measured_are_said_to_be_so(small_repository):

@@ -208,7 +208,7 @@ def render_memory(records: list[dict]) -> str:
                     str(case["objects"]),
                     f"{memory['frames']:,}",
                     "-" if above is None else f"{above / 1e6:.0f} MB",
-                    "-" if growth is None else f"{growth / 1e6:+.0f} MB",
+                    "-" if growth is None else f"{round(growth / 1e6):+d} MB",
                 ]
             )
     titles = ["runs as", "frames", "objects", "frames followed", "peak above the libraries", "rise after frame 50"]

@@ -638,7 +638,8 @@ class Steps:
         as it is: it takes as long as a run, and is written by the next one.
         """
         saved = self._state(workspace)
-        if not editing.downloads or saved == editing.saved or workspace.is_busy or not workspace.num_done:
+        is_taken = editing.is_running or workspace.is_busy
+        if not editing.downloads or saved == editing.saved or is_taken or not workspace.num_done:
             return {}
         try:
             with _new_downloads(workspace) as (_, masks, record):
@@ -656,7 +657,7 @@ class Steps:
         workspace, ui = self._workspace(request, editing), self.ui
         if editing.is_running:
             return gr.skip()
-        if not editing.has_news:
+        if not (editing.has_news and editing.downloads):
             is_new = workspace.facts is not None and editing.is_hidden
             return self._show_frame(workspace, editing) if is_new else gr.skip()
         editing.has_news = False

@@ -30,7 +30,7 @@ HEADER = f"""<header class="lead">
 <p>Mark something in one picture of a video. It is found in all the others: outlined, measured, ready to
 download.</p></header>"""
 
-_KEPT = f"""The server keeps your video, and what comes of it, while this page is in use. All that is removed
+_KEPT = f"""The server keeps your video, and what comes of it, while this page is in use. All that is removed some
 {duration_in_words(LIMITS.left_seconds)} after you leave, or when nothing has happened here for
 {duration_in_words(LIMITS.idle_seconds)}; single pictures that you paint on may stay for up to
 {duration_in_words(sum(LEFT_OVER))}."""

@@ -880,9 +880,12 @@ class Workspaces:
                     path.parent.rmdir()
 
     def _close(self, gone: list[Workspace], **how):
-        """Close workspaces; their loose files follow a little later: a page may still be there, and ask for them."""
+        """Close workspaces. Where the page may still be there and ask for them, loose files follow a little later."""
         for workspace in gone:
             workspace.close(**how)
+            if workspace.has_left:
+                self.discard(workspace.loose)
+                continue
             with self._lock:
                 self._left_over.append((time.monotonic(), workspace.loose))
 
@@ -899,7 +902,7 @@ class Workspaces:
             shutil.rmtree(self._root, ignore_errors=True)
 
     def _sweep_forever(self):
-        while not self._ended.wait(min(60.0, self.limits.idle_seconds, self.limits.left_seconds)):
+        while not self._ended.wait(min(60.0, self.limits.idle_seconds, self.limits.left_seconds / 4)):
             try:
                 self.sweep()
             except Exception:

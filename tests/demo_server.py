@@ -24,7 +24,7 @@ SMALL_LIMITS = {
     "DEFORMVOS_MAX_BYTES": "2000000",
     "DEFORMVOS_MIN_FREE_DISK": "1",
     # Shorter than tests wait for files to go, longer than they let a page be offline.
-    "DEFORMVOS_LEFT_SECONDS": "8",
+    "DEFORMVOS_LEFT_SECONDS": "6",
 }
 # Importing PyTorch takes most of it, on a busy machine minutes.
 _START_SECONDS = 240

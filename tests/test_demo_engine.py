@@ -954,10 +954,11 @@ def test_a_page_that_comes_back_soon_finds_its_video(tmp_path):
         space.last_used -= 1000
         spaces.sweep()
     assert not space.is_closed  # a run goes on, and its end counts as use
+    picture = space.keep_picture("editor", np.zeros((4, 6, 3), np.uint8))
     space.last_used -= 200
     spaces.sweep()
     assert space.is_closed
-    assert not space.folder.exists()
+    assert not space.folder.exists() and not picture.exists()
     # Somebody else's need is greater.
     gone = [spaces.get(key) for key in "ab"][1]
     spaces.leave("b")

@@ -728,6 +728,7 @@ class Steps:
         again until all is done: that is when Gradio ends the job of a program that does not wait any more.
         """
         key = f"program-{secrets.token_hex(16)}"
+        yield None, None, None  # Gradio ends only what it has had something of
         try:
             if video is None or mask is None:
                 raise DemoError("A video and a mask are needed.")
@@ -751,7 +752,11 @@ class Steps:
             # The workspace goes now; Gradio removes these in its own time.
             folder = Path(get_upload_folder()) / secrets.token_hex(16)
             shutil.move(paths[0].parent, folder)
-            yield tuple(str(folder / path.name) for path in paths)
+            try:
+                yield tuple(str(folder / path.name) for path in paths)
+            except GeneratorExit:  # nobody took them
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
         except DemoError as error:
             raise gr.Error(str(error), print_exception=False) from error
         finally:

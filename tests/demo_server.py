@@ -77,7 +77,8 @@ def serve(**environment: str) -> Iterator[DemoServer]:
         environment (`str`): variables that it gets on top of those of this process.
 
     Raises:
-        RuntimeError: if it ends or does not answer; the message has what it wrote.
+        RuntimeError: if it ends or does not answer; the message has what it wrote. And if, told to end, it does not
+            do so in order, or leaves files.
     """
     folder = Path(tempfile.mkdtemp(prefix="deformvos-server-"))
     port = free_port()
@@ -107,11 +108,15 @@ def serve(**environment: str) -> Iterator[DemoServer]:
     finally:
         process.terminate()
         try:
-            process.wait(20)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        # Of every upload, Gradio leaves an empty file.
+        left = [path for path in server.files.rglob("*") if path.is_file() and path.stat().st_size]
         shutil.rmtree(folder, ignore_errors=True)
+    if process.returncode or left:
+        raise RuntimeError(f"The demo ended with code {process.returncode} and left {left}.")
 
 
 def _wait(process: subprocess.Popen, server: DemoServer):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -153,6 +154,24 @@ def test_two_programs_at_once_do_not_mix(demo_server, tmp_path):
             assert {frame.image.shape[0] for frame in reader} == {height}
         with open(record, encoding="utf-8") as file:
             assert json.load(file)["video"]["name"] == name
+
+
+def test_a_job_that_is_called_off_frees_the_model(demo_server, tmp_path):
+    from gradio_client import handle_file
+
+    video, mask = clips.write_clip(tmp_path / "long.mp4", 200), clips.write_mask(tmp_path / "mask.png")
+    job = connect(demo_server).submit(
+        handle_file(video), handle_file(mask), 0, "both", "Student", "Standard", api_name="/segment"
+    )
+    deadline = time.monotonic() + 60
+    while not demo_server.videos() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    started = time.monotonic()
+    job.cancel()
+    while demo_server.videos() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert demo_server.videos() == []
+    assert time.monotonic() - started < 10  # all of it takes longer
 
 
 def test_mistakes_of_callers_are_no_failures_of_the_program(demo_server):

@@ -266,7 +266,7 @@ def call(demo, tmp_path, count=6, **settings):
 def test_a_program_that_does_not_wait_frees_the_model(demo, tmp_path):
     job = call(demo, tmp_path)
     threads = threading.active_count()
-    assert next(job) == (None, None, None)
+    assert [next(job), next(job)] == [(None, None, None)] * 2
     assert len(demo.workspaces) == 1
     job.close()
     assert len(demo.workspaces) == 0
@@ -275,6 +275,10 @@ def test_a_program_that_does_not_wait_frees_the_model(demo, tmp_path):
         time.sleep(0.02)
     assert threading.active_count() == threads
     assert all(steps.Path(path).is_file() for path in list(call(demo, tmp_path))[-1])
+    job = call(demo, tmp_path)
+    paths = next(paths for paths in job if paths[0])
+    job.close()
+    assert not any(steps.Path(path).exists() for path in paths)
 
 
 def test_a_program_without_a_frame_is_told(demo, tmp_path):

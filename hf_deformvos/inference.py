@@ -4,9 +4,11 @@ import ctypes
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -22,6 +24,8 @@ SETTINGS_FILE = "deformvos_export.json"
 
 # glibc's mallopt: when freed memory goes back to the system, and from which size on buffers are mapped singly.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# Frames between two returns of freed memory to the system: it takes some milliseconds, and as much again to get back.
+_FRAMES_BETWEEN_TRIMS = 250
 # bfloat16 must be so much faster than float32 to be worth its rounding.
 _WORTHWHILE = 0.75
 
@@ -79,17 +83,34 @@ def _convolution_seconds(dtype: torch.dtype) -> float:
 
 
 @cache
-def keep_freed_memory():
+def keep_freed_memory() -> Callable[[], None]:
     """
     Let this process keep the memory that it frees, where glibc manages it (Linux): a frame's feature maps take the
     places of the last frame's. By default each goes back to the system and is mapped, and cleared, anew.
+
+    Returns:
+        A function that gives back, once, all that is free. Aligned blocks leave gaps that the next ones do not fit:
+        without it, what is kept grows by some kilobytes a frame.
     """
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        libc = ctypes.CDLL(None)
+        mallopt, malloc_trim = libc.mallopt, libc.malloc_trim
     except (AttributeError, OSError, TypeError):  # another C library, or another system
-        return
+        return lambda: None
     mallopt(_M_MMAP_THRESHOLD, 1 << 30)
     mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+    return lambda: malloc_trim(0)
+
+
+def _reuse_memory(model: DeformVosModel):
+    """See [`keep_freed_memory`]; all that is free goes back to the system every so many frames."""
+    give_back, frames = keep_freed_memory(), count(1)
+
+    def tidy(*_):
+        if next(frames) % _FRAMES_BETWEEN_TRIMS == 0:
+            give_back()
+
+    model.register_forward_hook(tidy)
 
 
 def resolve_device(device: str | None) -> torch.device:
@@ -152,9 +173,9 @@ def load_for_inference(
             f"The checkpoint {name} does not fit its configuration: {len(missing)} weights are missing or of another "
             f"shape, among them {', '.join(missing[:3])}."
         )
-    if target.type == "cpu":
-        keep_freed_memory()
     model = model.eval().fold_batch_norm().to(target, getattr(torch, dtype), memory_format=torch.channels_last)
+    if target.type == "cpu":
+        _reuse_memory(model)
     return model, AutoProcessor.from_pretrained(name)
 
 

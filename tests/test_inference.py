@@ -5,6 +5,7 @@ import argparse
 import pytest
 import torch
 
+from hf_deformvos import inference
 from hf_deformvos.cli.speed import add_speed_arguments, resolve_speed
 from hf_deformvos.inference import PRESETS, fastest_dtype, keep_freed_memory, load_for_inference
 from hf_deformvos.propagation_deformvos import channels_last
@@ -36,7 +37,7 @@ def test_an_unknown_device_is_named():
         resolve_speed(parser.parse_args(["--device", "abacus"]))
 
 
-def test_keeping_memory_changes_no_result(tiny_model, tiny_processor, tiny_clip, tmp_path):
+def test_keeping_memory_changes_no_result(tiny_model, tiny_processor, tiny_clip, tmp_path, monkeypatch):
     frames, ids = tiny_clip
     tiny_model.save_pretrained(tmp_path)
     tiny_processor.save_pretrained(tmp_path)
@@ -47,8 +48,16 @@ def test_keeping_memory_changes_no_result(tiny_model, tiny_processor, tiny_clip,
         return torch.stack([output.pred_masks for output in model.propagate_in_video_iterator(session)])
 
     expected = follow(tiny_model, tiny_processor)
-    keep_freed_memory()
+    keep_freed_memory()()
     torch.testing.assert_close(follow(*load_for_inference(tmp_path.as_posix())), expected, atol=1e-3, rtol=1e-3)
+
+    given_back = []
+    monkeypatch.setattr(inference, "keep_freed_memory", lambda: lambda: given_back.append(True))
+    monkeypatch.setattr(inference, "_FRAMES_BETWEEN_TRIMS", 2)
+    model, processor = load_for_inference(tmp_path.as_posix(), device="cpu")
+    for _ in range(2):
+        follow(model, processor)
+    assert len(given_back) == 2 * len(frames) // 2
 
 
 @pytest.mark.parametrize("shape", [(1, 6, 4, 5), (2, 6, 4, 5), (1, 1, 1, 1)])

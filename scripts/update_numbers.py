@@ -315,7 +315,7 @@ def check(root: Path = ROOT) -> list[str]:
             problems.append(f"docs/numbers/{name}.json was measured with {record['model']}, whose weights are missing")
         elif sha256_of(weights) != record["weights_sha256"]:
             problems.append(f"docs/numbers/{name}.json was measured with other weights than {record['model']} holds")
-        else:
+        elif "exported" not in record:
             problems += check_parameters(name, record, weights.with_name("training.json"))
     return problems
 
@@ -341,7 +341,7 @@ def recount(root: Path = ROOT) -> list[Path]:
 
     changed = []
     for name, record in load_records(root).items():
-        if "facts" not in record:
+        if "facts" not in record or "exported" in record:  # graphs have fewer: their batch norms are folded
             continue
         with torch.device("meta"):  # shapes alone, no weights
             model = DeformVosModel(DeformVosConfig.from_pretrained(root / record["model"]))
@@ -418,7 +418,8 @@ def measure_budget(root: Path = ROOT):
 def as_record(report: dict, model: str, weights: Path, command: str, exported: str | None = None) -> dict:
     """What is kept of an evaluation's report, of weights that are still those that were evaluated."""
     if exported:  # the report has the checksum of graphs that no longer exist
-        report = {**report, "weights_sha256": sha256_of(weights)}
+        hardware = {**report["hardware"], "dtype": f"{exported}, ONNX,"}
+        report = {**report, "weights_sha256": sha256_of(weights), "hardware": hardware}
     if report["weights_sha256"] != sha256_of(weights):
         raise NumbersError(f"{weights} changed while it was evaluated; nothing was recorded, run it again")
     return measurements.as_record(report, model, weights, command, exported)

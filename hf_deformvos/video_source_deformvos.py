@@ -1,5 +1,6 @@
 """Frames of video files (through PyAV) and of folders of images, decoded one at a time, upright, as 8-bit RGB."""
 
+import gc
 import os
 import re
 import time
@@ -121,9 +122,11 @@ class FileSource:
             started = time.perf_counter()
             for decoded in self._decode(container, stream):
                 # FFmpeg gives every frame the stream's matrix. One is asked: PyAV's frame and its side data hold each
-                # other, and with them the picture, until the garbage collector comes by.
+                # other, and with them the picture, until the garbage collector comes by, which for that one is soon.
                 if index == 0 and (found := decoded.side_data.get("DISPLAYMATRIX")) is not None:
                     matrix = bytes(found)
+                elif index == 1:
+                    gc.collect(1)
                 seconds = decoded.time
                 if seconds is None:
                     seconds = (first_time or 0.0) + index / (self.fps or _FOLDER_FPS)

@@ -418,8 +418,7 @@ def measure_budget(root: Path = ROOT):
 def as_record(report: dict, model: str, weights: Path, command: str, exported: str | None = None) -> dict:
     """What is kept of an evaluation's report, of weights that are still those that were evaluated."""
     if exported:  # the report has the checksum of graphs that no longer exist
-        hardware = {**report["hardware"], "dtype": f"{exported}, ONNX,"}
-        report = {**report, "weights_sha256": sha256_of(weights), "hardware": hardware}
+        report = {**report, "weights_sha256": sha256_of(weights)}
     if report["weights_sha256"] != sha256_of(weights):
         raise NumbersError(f"{weights} changed while it was evaluated; nothing was recorded, run it again")
     return measurements.as_record(report, model, weights, command, exported)

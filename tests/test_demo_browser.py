@@ -146,6 +146,14 @@ def paint_object(page, obj_id, box):
 # One visitor from beginning to end
 
 
+def followed_on_the_page(page, folder):
+    """What comes of the marks, from the download."""
+    page.choose("quality", "Fast")
+    page.follow()
+    page.wait_for_result()
+    return read_masks(page.download("get_masks", folder))
+
+
 def test_mask_file_to_downloads(visit, files, tmp_path):
     page = visit(viewport=DESKTOP)
     expect(page.find("#limits")).to_contain_text("Up to 20 seconds, 18,000 frames, 2.0 MB and 4096 pixels a side")
@@ -196,10 +204,7 @@ def test_brush_in_two_colours(visit, files, tmp_path):
     page.open_tool("Box")
     page.open_tool("Brush")
     paint_object(page, 2, clips.boxes(0)[2])
-    page.choose("quality", "Fast")
-    page.follow()
-    page.wait_for_result()
-    masks = read_masks(page.download("get_masks", tmp_path))
+    masks = followed_on_the_page(page, tmp_path)
     assert_alike({0: masks[0]}, {0: clips.true_ids(0)}, at_least=0.7)
     assert_alike(masks, followed(files / "short.mp4", masks[0]))
 
@@ -273,10 +278,7 @@ def test_box_by_clicks_and_by_numbers(visit, files, tmp_path):
     page.page.keyboard.press("Enter")
     expect(page.find("#box_hint")).to_contain_text("Object 2 is marked")
 
-    page.choose("quality", "Fast")
-    page.follow()
-    page.wait_for_result()
-    masks = read_masks(page.download("get_masks", tmp_path))
+    masks = followed_on_the_page(page, tmp_path)
     assert_alike({0: masks[0]}, {0: clips.true_ids(0)}, at_least=0.9)
     assert_alike(masks, followed(files / "short.mp4", masks[0]))
 

@@ -137,7 +137,7 @@ def test_nothing_grows_with_the_length_of_the_video(tiny_model, tiny_processor):
     tiny_processor.add_inputs_to_inference_session(session, frame_idx=0, input_masks=ids)
     pixel_values = tiny_processor(images=generator.integers(0, 255, (*SIZE, 3), dtype=np.uint8)).pixel_values[0]
     sizes = []
-    for _ in range(400):
+    for _ in range(1000):
         tiny_model(inference_session=session, frame=pixel_values)
         sizes.append(session.num_bytes)
     # A frame that is the previous one and a long-term one is held once: the size swings with the interval.

@@ -23,7 +23,7 @@ def as_record(report: dict, model: str, weights: Path, command: str, exported: s
         "weights_bytes": weights.stat().st_size,
         "command": command,
         "facts": report["model"],
-        "hardware": report["hardware"],
+        "hardware": report["hardware"] | ({"dtype": f"{exported} (ONNX)"} if exported else {}),
         "versions": report["versions"],
         "dataset": {key: value for key, value in report["dataset"].items() if key != "root"},
         "totals": report["totals"],
@@ -112,7 +112,8 @@ def table(titles: list[str], rows: list[list[str]]) -> str:
 def hardware_of(record: dict) -> str:
     """The machine, precision and threads of a measurement."""
     hardware = record["hardware"]
-    return f"{hardware['dtype']} on {hardware['device_name']} ({hardware['threads_per_process']} threads)"
+    threads = hardware["threads_per_process"]
+    return f"{hardware['dtype']} on {hardware['device_name']} ({threads} thread{'s' * (threads != 1)})"
 
 
 def render_means(record: dict) -> str:

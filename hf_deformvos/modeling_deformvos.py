@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -408,6 +409,7 @@ class DeformVosModel(DeformVosPreTrainedModel):
         object_slots: torch.LongTensor | None = None,
         teacher_forcing: torch.BoolTensor | float = 0.0,
         memory_interval: int | None = None,
+        gradient_frames: int | None = None,
         inference_session=None,
         frame: torch.FloatTensor | None = None,
         frame_idx: int | None = None,
@@ -433,6 +435,10 @@ class DeformVosModel(DeformVosPreTrainedModel):
                 Which frames enter memory with the given masks rather than with the model's own (detached) ones; a
                 number is the probability of that.
             memory_interval (`int`, *optional*): overrides `config.memory_interval`.
+            gradient_frames (`int`, *optional*):
+                How many predicted frames, the last ones, are computed with gradients; all by default. Those before are
+                rolled without, as in inference: a long clip on the model's own masks shows how it drifts, and costs
+                little more than a short one. The first frame, whose masks are given, keeps its gradients.
             inference_session ([`DeformVosInferenceSession`], *optional*): the session to advance by one frame.
             frame (`torch.FloatTensor` of shape `(3, height, width)`, *optional*):
                 The next frame of a streaming session.
@@ -452,8 +458,16 @@ class DeformVosModel(DeformVosPreTrainedModel):
         self._check_clip(pixel_values, id_masks, num_objects)
         slots = self._slots(object_slots, pixel_values.shape[0], num_objects, pixel_values.device)
         valid = self._valid(object_valid, slots, num_objects)
+        if gradient_frames is not None and gradient_frames < 1:
+            raise ValueError(f"`gradient_frames` must be at least 1, got {gradient_frames}.")
         frames = self._roll(
-            pixel_values, id_masks, slots, valid, teacher_forcing, memory_interval or self.config.memory_interval
+            pixel_values,
+            id_masks,
+            slots,
+            valid,
+            teacher_forcing,
+            memory_interval or self.config.memory_interval,
+            gradient_frames or pixel_values.shape[1],
         )
         wanted = torch.cat([slots.new_zeros(len(slots), 1), slots + 1], dim=1)
         logits = torch.stack([_pick_channels(segmentation.logits, wanted) for segmentation in frames], dim=1)
@@ -494,28 +508,44 @@ class DeformVosModel(DeformVosPreTrainedModel):
         for frame_idx in tqdm(frames, desc="segment", unit="frame", total=total, disable=not show_progress_bar):
             yield self(inference_session=inference_session, frame_idx=frame_idx)
 
-    def _roll(self, pixel_values, id_masks, slots, valid, teacher_forcing, memory_interval) -> list[Segmentation]:
+    def _roll(
+        self, pixel_values, id_masks, slots, valid, teacher_forcing, memory_interval, gradient_frames
+    ) -> list[Segmentation]:
         """Segment frames 1 to T-1 of every clip, each from the memory of those before it."""
         batch_size, num_frames = pixel_values.shape[:2]
         forced = self._forced_frames(teacher_forcing, batch_size, num_frames, pixel_values.device)
-        encoded = self.encode_images(pixel_values.flatten(0, 1))
-        per_frame = [
-            ImageFeatures(*maps)
-            for maps in zip(*(m.unflatten(0, (batch_size, num_frames)).unbind(1) for m in encoded), strict=True)
-        ]
+        first_learned = max(1, num_frames - gradient_frames)
+        per_frame = self._encode_clip(pixel_values, first_learned)
         given = [self.masks_to_slots(frame_masks, slots) for frame_masks in id_masks.unbind(1)]
         memory = MemoryBank(self.config.long_term_slots)
         memory.write(self.remember_reference(per_frame[0], given[0], 0), to_long_term=True)
         segmentations = []
         for index in range(1, num_frames):
-            segmentation = self.segment(per_frame[index], memory)
-            segmentations.append(segmentation)
-            masks = self.logits_to_masks(segmentation.logits.detach(), valid)
-            if index < len(given):
-                masks = torch.where(forced[:, index, None, None, None], given[index].to(masks.dtype), masks)
-            frame = self.remember(segmentation.projections, masks, index)
+            with nullcontext() if index >= first_learned else _without_gradients():
+                segmentation = self.segment(per_frame[index], memory)
+                segmentations.append(segmentation)
+                masks = self.logits_to_masks(segmentation.logits.detach(), valid)
+                if index < len(given):
+                    masks = torch.where(forced[:, index, None, None, None], given[index].to(masks.dtype), masks)
+                frame = self.remember(segmentation.projections, masks, index)
             memory.write(frame, to_long_term=index % memory_interval == 0)
         return segmentations
+
+    def _encode_clip(self, pixel_values: torch.Tensor, first_learned: int) -> list[ImageFeatures]:
+        """Features of every frame of the clips; those of frames 1 to `first_learned - 1` without gradients."""
+        batch_size, num_frames = pixel_values.shape[:2]
+        rolled = range(1, first_learned)
+        learned = [index for index in range(num_frames) if index not in rolled]
+        per_frame = [None] * num_frames
+        for indices, context in ((learned, nullcontext()), (list(rolled), _without_gradients())):
+            if not indices:
+                continue
+            with context:
+                encoded = self.encode_images(pixel_values[:, indices].flatten(0, 1))
+            maps = (m.unflatten(0, (batch_size, len(indices))).unbind(1) for m in encoded)
+            for index, *features in zip(indices, *maps, strict=True):
+                per_frame[index] = ImageFeatures(*features)
+        return per_frame
 
     def masks_to_slots(self, id_masks: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """
@@ -592,6 +622,16 @@ class DeformVosModel(DeformVosPreTrainedModel):
         if isinstance(teacher_forcing, torch.Tensor):
             return teacher_forcing.to(device)
         return torch.rand(batch_size, num_frames, device=device) < teacher_forcing
+
+
+@contextmanager
+def _without_gradients() -> Iterator[None]:
+    """`no_grad` under autocast, whose cache would keep weights that were cast here, cut off from their gradients."""
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 def _fit_groups(identification: torch.Tensor, num_groups: int) -> torch.Tensor:

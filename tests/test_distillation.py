@@ -101,6 +101,23 @@ def test_the_loss_is_the_weighted_sum_of_its_named_parts(models, batch):
     assert set(few) == {"loss", "loss_ce", "loss_jaccard", "loss_inter"}
 
 
+def test_frames_rolled_without_gradients_do_not_count(models, batch):
+    """Labels and void of a frame that is not learned from change nothing; those of the last one do."""
+    task = DistillationTask(*models, "labels", EVERYTHING, gradient_frames=1)
+    first = run(task, batch, own_masks=1.0)
+    relabelled = {}
+    for frame in (1, 2):
+        other = copy.deepcopy(batch)
+        other.id_masks[:, frame] = torch.where(other.id_masks[:, frame] == 1, 255, 0)
+        relabelled[frame] = run(task, other, own_masks=1.0)
+    supervised = ("loss_ce", "loss_jaccard")
+    assert all(torch.equal(first[name], relabelled[1][name]) for name in supervised)
+    assert not any(torch.equal(first[name], relabelled[2][name]) for name in supervised)
+    everything = run(DistillationTask(*models, "labels", EVERYTHING), batch, own_masks=1.0)
+    assert everything.keys() == first.keys()
+    assert all(not torch.equal(everything[name], first[name]) for name in first)
+
+
 def test_only_the_student_gets_gradients(models, batch):
     student, teacher = models
     before = {name: value.clone() for name, value in teacher.state_dict().items()}

@@ -111,6 +111,40 @@ def test_gradient_checkpointing_changes_nothing(tiny_config):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
 
 
+def rolled_gradients(model, gradient_frames, autocast):
+    """Gradients of the last two frames' loss, by name, of a clip of five."""
+    torch.manual_seed(0)
+    pixel_values, masks = clip(frames=5)
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = model(pixel_values, masks, 2, memory_interval=2, gradient_frames=gradient_frames)
+    output.logits[:, -2:].float().square().mean().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return output.logits.detach(), gradients
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_frames_rolled_without_gradients_only_lack_theirs(tiny_model, autocast):
+    """The same maps, and a gradient for the same weights: autocast's cache must not cut them off."""
+    tiny_model.train()
+    whole_logits, whole = rolled_gradients(tiny_model, None, autocast)
+    logits, gradients = rolled_gradients(tiny_model, 2, autocast)
+    torch.testing.assert_close(logits, whole_logits)
+    assert gradients.keys() == whole.keys()
+    lost = [name for name, gradient in gradients.items() if whole[name].any() and not gradient.any()]
+    assert not lost
+    # Frames that nothing learned from is written by have none to give.
+    _, all_of_them = rolled_gradients(tiny_model, 4, autocast)
+    for name, gradient in all_of_them.items():
+        torch.testing.assert_close(gradient, whole[name])
+    assert any(not torch.allclose(gradients[name], whole[name]) for name in whole)
+
+
+def test_gradient_frames_out_of_range_are_refused(tiny_model):
+    with pytest.raises(ValueError, match="`gradient_frames` must be at least 1, got 0"):
+        tiny_model(*clip(), 2, gradient_frames=0)
+
+
 def test_slots_are_interchangeable_in_the_interface(tiny_model):
     """Objects listed in another order, with their slots, give the same maps in that order."""
     pixel_values, masks = clip()

@@ -162,6 +162,7 @@ _LOWEST = {
         "dataset_max_sequences",
         "gradient_accumulation_steps",
         "logging_steps",
+        "gradient_frames",
         "max_gap",
         "max_objects",
         "max_proposals",
@@ -258,6 +259,11 @@ class TrainingConfig:
     ce_weight: float = _help(0.5, "Weight of the bootstrapped cross-entropy.")
     jaccard_weight: float = _help(0.5, "Weight of the soft Jaccard loss.")
     bootstrap_share: float = _help(0.25, "Share of hardest pixels that the cross-entropy keeps after its warm-up.")
+    gradient_frames: int | None = _help(
+        None,
+        "Predicted frames of a clip, the last ones, that are learned from; those before are rolled forward on the "
+        "student's own masks without gradients. By default all.",
+    )
     bootstrap_warm_up: float = _help(0.3, "Progress over which that share falls from 1.")
 
     att_weight: float = _help(1.0, "Weight, where there is a teacher, of 1 - CKA of its and the student's attention.")

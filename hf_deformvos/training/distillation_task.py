@@ -153,11 +153,12 @@ class DistillationTask(SegmentationTask):
         """The terms whose weight is not 0, by their names in [`DistillationWeights`]."""
         weights, terms = self.weights, {}
         if weights.att > 0:
-            terms["att"] = self._attention_loss(student.attentions, teacher.attentions)
+            terms["att"] = self._attention_loss(self.learned(student.attentions), self.learned(teacher.attentions))
         if weights.uses_logits:
             # Points of stride 4 lie on every fourth pixel.
-            known = batch.id_masks[:, 1:, ::4, ::4] != VOID
-            compared = (student.logits, teacher.logits, batch.object_valid, known, weights.temperature)
+            known = self.learned(batch.id_masks[:, 1:, ::4, ::4]) != VOID
+            logits = self.learned(student.logits), self.learned(teacher.logits)
+            compared = (*logits, batch.object_valid, known, weights.temperature)
             if weights.intra > 0:
                 terms["intra"] = intra_object_relation_loss(*compared)
             if weights.inter > 0:
@@ -165,7 +166,7 @@ class DistillationTask(SegmentationTask):
             if weights.kl > 0:
                 terms["kl"] = kl_divergence_loss(*compared)
         if weights.representation > 0:
-            features = [_last_features(output.hidden_states) for output in (student, teacher)]
+            features = [_last_features(self.learned(output.hidden_states)) for output in (student, teacher)]
             terms["representation"] = representation_loss(*features)
         return terms
 

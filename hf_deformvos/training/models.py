@@ -176,6 +176,7 @@ def build_task(config: TrainingConfig, student: DeformVosModel, teacher: Teacher
         "jaccard_weight": config.jaccard_weight,
         "memory_interval": config.memory_interval,
     }
+        "gradient_frames": config.gradient_frames,
     weights = DistillationWeights.from_config(config)
     asked = config.supervision != "labels" or weights.att or weights.uses_logits or weights.representation
     if teacher is None or not asked:

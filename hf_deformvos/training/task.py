@@ -49,6 +49,8 @@ class SegmentationTask(nn.Module):
         ce_weight, jaccard_weight (`float`): Weights of the two losses.
         memory_interval (`int`, *optional*): Handed to the student; by default 1, 2 or 3 at random, so that the student
             meets long-term banks of every size.
+        gradient_frames (`int`, *optional*): Predicted frames of a clip, the last ones, that are learned from; those
+            before are rolled forward without gradients. By default all.
     """
 
     def __init__(
@@ -58,11 +60,13 @@ class SegmentationTask(nn.Module):
         ce_weight: float = 0.5,
         jaccard_weight: float = 0.5,
         memory_interval: int | None = None,
+        gradient_frames: int | None = None,
     ):
         super().__init__()
         self.student = student
         self.max_objects = getattr(getattr(student, "config", None), "max_objects", 10)
-        self.ce_weight, self.jaccard_weight, self.memory_interval = ce_weight, jaccard_weight, memory_interval
+        self.ce_weight, self.jaccard_weight = ce_weight, jaccard_weight
+        self.memory_interval, self.gradient_frames = memory_interval, gradient_frames
         # In a tuple, so that the teacher is no submodule: no optimizer, checkpoint or wrapper may see it.
         self._teacher = (teacher,)
         self.stopwatch = Stopwatch()
@@ -110,11 +114,17 @@ class SegmentationTask(nn.Module):
             "object_slots": slots.to(device),
             "teacher_forcing": forced.to(device),
             "memory_interval": self.memory_interval or int(torch.randint(1, 4, (), generator=generator)),
+            "gradient_frames": self.gradient_frames,
         }
 
+    def learned(self, frames):
+        """Of a model's predicted frames, on axis 1 of a tensor or in a tuple, those that are learned from."""
+        start = 0 if self.gradient_frames is None else -self.gradient_frames
+        return frames[:, start:] if isinstance(frames, torch.Tensor) else frames[start:]
+
     def supervised_losses(self, logits: torch.Tensor, batch: ClipBatch, plan: StepPlan) -> dict[str, torch.Tensor]:
-        """Losses of the student's logits against the labels of frames 1 to T-1; keys as in `forward`."""
-        labels = batch.id_masks[:, 1:]
+        """Losses of the student's logits against the labels of the frames learned from; keys as in `forward`."""
+        logits, labels = self.learned(logits), self.learned(batch.id_masks[:, 1:])
         logits = upsample_logits(logits, tuple(labels.shape[-2:]), batch.object_valid)
         loss_ce = bootstrapped_cross_entropy(logits, labels, plan.bootstrap_share)
         loss_jaccard = soft_jaccard_loss(logits, labels, batch.object_valid)

@@ -527,6 +527,12 @@ def test_a_fresh_student_takes_over_what_is_not_excepted(tmp_path, warnings_of_p
             assert not torch.equal(value, given.state_dict()[name]), name
         elif not name.startswith(("decoder.classifier", "identity_bank")):
             assert torch.equal(value, given.state_dict()[name]), name
+    backbone = tiny(6).backbone.state_dict()
+    save_file(backbone, tmp_path / "backbone.safetensors")
+    fresh_backbone = {"init_backbone": str(tmp_path / "backbone.safetensors"), "init_except": ["backbone"]}
+    weights = build_student(settings(tmp_path, **fresh, **fresh_backbone)).state_dict()
+    assert all(torch.equal(value, weights[f"backbone.{name}"]) for name, value in backbone.items())
+    assert torch.equal(weights["decoder.classifier.weight"], given.state_dict()["decoder.classifier.weight"])
     with pytest.raises(ValueError, match=r"`init_except` must hold parts of the names of .*, got decodr"):
         build_student(settings(tmp_path, **fresh, init_except=["decodr", "identity_bank"]))
 

@@ -74,10 +74,11 @@ def build_student(config: TrainingConfig) -> DeformVosModel:
         if config.init_from:
             take_over_weights(student, config.init_from, config.init_except)
         if config.init_backbone:
-            if config.init_from and student.config.backbone == "mobilenet_v2":
+            kept = config.init_from and "backbone" not in config.init_except
+            if kept and student.config.backbone == "mobilenet_v2":
                 raise ValueError(
                     f"`init_backbone` {config.init_backbone!r} would replace the backbone that `init_from` "
-                    f"{config.init_from!r} brings; give one of them."
+                    f"{config.init_from!r} brings; give one of them, or leave that one out by `init_except` backbone."
                 )
             student.load_backbone(config.init_backbone)
         student.backbone.freeze_pretrained()
@@ -175,8 +176,8 @@ def build_task(config: TrainingConfig, student: DeformVosModel, teacher: Teacher
         "ce_weight": config.ce_weight,
         "jaccard_weight": config.jaccard_weight,
         "memory_interval": config.memory_interval,
-    }
         "gradient_frames": config.gradient_frames,
+    }
     weights = DistillationWeights.from_config(config)
     asked = config.supervision != "labels" or weights.att or weights.uses_logits or weights.representation
     if teacher is None or not asked:

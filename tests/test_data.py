@@ -317,6 +317,23 @@ def test_the_share_of_video_is_kept(tmp_path, share, expected):
     assert {bool(flag) for index in range(3) for flag in sampler(index, spec).is_static} == expected
 
 
+def test_stills_of_a_kin_batch_come_from_one_set(tmp_path):
+    shared = {"cache_dir": tmp_path / "cache", "show_progress_bar": False}
+    for name, values in (("one", (1,)), ("two", (1, 2))):
+        write_static_set(tmp_path / "sets" / name, values=values)
+    sampler = ClipSampler(statics=load_static_sets(tmp_path / "sets", **shared))
+    sets = set()
+    for index in range(12):
+        spec = ClipSpec((33, 33), 2, 4, kin=1.0)
+        drawn = {id(store) for store, _ in sampler._batch_statics(index, spec)}
+        assert len(drawn) == 1
+        sets |= drawn
+        mixed = ClipSpec((33, 33), 2, 4)
+        assert len({id(store) for store, _ in sampler._batch_statics(index, mixed)}) == 2
+        sampler(index, spec)
+    assert len(sets) == 2
+
+
 def test_only_one_kind_of_source_is_enough(tmp_path):
     videos, statics = stores(tmp_path)
     assert not ClipSampler(videos)(0, ClipSpec((97, 161), 2, 4, video_share=0.0)).is_static.any()

@@ -7,11 +7,13 @@ import pytest
 import torch
 from synthetic import COLOURS, draw_scene
 
-from hf_deformvos.data import AugmentConfig, RawBatch, augment_clips
+from hf_deformvos.data import AugmentConfig, RawBatch, augment_clips, transforms
 from hf_deformvos.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    _draw_layer,
     compact_ids,
+    draw_motion,
     identity_grid,
     jitter_colors,
     motion_grid,
@@ -274,6 +276,49 @@ def test_pasted_objects_are_labelled_in_every_frame(static):
                     assert counts.max() > 0.95 * counts.sum()
         more += int((batch.object_valid.sum(1) > torch.tensor([1, 2, 1, 2])).sum())
     assert more > 3, "most clips have one object more"
+
+
+def test_several_pastes_bring_several_objects_and_twins():
+    config = replace(NOTHING, paste=1.0, pastes=3)
+    counts, twins = [], 0
+    for seed in range(4):
+        raw = make_raw(True)
+        raw.masks[raw.masks == 2] = 0
+        batch = augment_clips(raw, config, generator(seed))
+        counts += batch.object_valid.sum(1).tolist()
+        inner, seen = away_from_borders(batch.id_masks), seen_ids(batch)
+        assert (seen > 0)[(batch.id_masks > 0) & (batch.id_masks != 255) & inner].float().mean() > 0.97
+        # All objects are red: each paste is a look-alike with a number of its own.
+        red = (seen == 1) & inner
+        twins += sum(len(ids[where].unique()) > 1 for ids, where in zip(batch.id_masks, red, strict=True))
+    assert max(counts) == 4 and sum(counts) / len(counts) > 2.5
+    assert twins > 12
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_layer_is_drawn_in_the_window_that_it_reaches(seed):
+    """Cut to its window, a cut-out looks as it does when the whole picture is sampled."""
+    raw = make_raw(False, batch=1, frames=3, canvas=SIZE)
+    images, ids = raw.frames[0].permute(0, 3, 1, 2).float(), raw.masks[0]
+    layer = _draw_layer(images, ids, 1, (0.5, 1.2), generator(seed))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transforms, "_reached_window", lambda *_: (slice(0, SIZE[0]), slice(0, SIZE[1])))
+        whole = _draw_layer(images, ids, 1, (0.5, 1.2), generator(seed))
+    inside = torch.zeros(3, 1, *SIZE)
+    inside[(..., *layer.window)] = layer.alpha
+    torch.testing.assert_close(inside, whole.alpha, atol=1e-3, rtol=0)
+    shown = layer.alpha.expand(-1, 3, -1, -1) > 0.5
+    torch.testing.assert_close(layer.colors[shown], whole.colors[(..., *layer.window)][shown], atol=0.5, rtol=0)
+    assert layer.alpha[0, 0].numel() < SIZE[0] * SIZE[1]
+
+
+def test_made_up_motion_of_long_clips_stays_in_reach():
+    """A walk of sixteen frames ends hardly further away than one of five gets."""
+    reach = {}
+    for frames in (5, 16):
+        _, shift = draw_motion(torch.ones(200, dtype=torch.bool), frames, SIZE, SIZE, MOVING, generator(0))
+        reach[frames] = (shift - shift[:, :1]).abs().amax(1).median()
+    assert reach[16] < 2 * reach[5]
 
 
 def test_look_alikes_are_not_labelled():

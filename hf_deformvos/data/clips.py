@@ -32,6 +32,8 @@ class ClipSpec:
         video_share (`float`): Probability that a clip is cut from a video rather than made from a still image.
         max_gap (`int`): Largest distance of neighbouring frames in a video clip.
         max_objects (`int`): Most labelled objects taken from one source.
+        kin (`float`): Probability that all still images of a batch come from one set, so that what augmentation pastes
+            from one clip into another often looks alike.
     """
 
     size: tuple[int, int]
@@ -40,6 +42,7 @@ class ClipSpec:
     video_share: float = 0.5
     max_gap: int = 10
     max_objects: int = 3
+    kin: float = 0.0
 
     @property
     def canvas(self) -> tuple[int, int]:
@@ -88,7 +91,9 @@ class ClipSampler:
             for span in store.sequences.values()
             if len(span) > 1 and any(store.objects[index] for index in span)
         ]
-        self._statics = [(store, index) for store in statics for index in range(len(store)) if store.objects[index]]
+        sets = [[(store, index) for index in range(len(store)) if store.objects[index]] for store in statics]
+        self._static_sets = [images for images in sets if images]
+        self._statics = [image for images in self._static_sets for image in images]
         if not self._videos and not self._statics:
             raise ValueError("Nothing to sample: give at least one video or image set with a labelled object.")
 
@@ -104,18 +109,36 @@ class ClipSampler:
         frames = np.empty((spec.batch, spec.frames, height, width, 3), np.uint8)
         masks = np.empty((spec.batch, spec.frames, height, width), np.uint8)
         is_static = np.zeros(spec.batch, bool)
+        statics = self._batch_statics(index, spec)
         for position in range(spec.batch):
             rng = np.random.default_rng([self.seed, index, position])
             share = 1.0 if not self._statics else spec.video_share if self._videos else 0.0
             is_static[position] = rng.random() >= share
-            draw = self._draw_static if is_static[position] else self._draw_video
-            draw(rng, spec, frames[position], masks[position])
+            if is_static[position]:
+                self._draw_static(rng, statics, spec, frames[position], masks[position])
+            else:
+                self._draw_video(rng, spec, frames[position], masks[position])
         return RawBatch(torch.from_numpy(frames), torch.from_numpy(masks), torch.from_numpy(is_static), spec.size)
 
-    def _draw_static(self, rng: np.random.Generator, spec: ClipSpec, frames: np.ndarray, masks: np.ndarray) -> None:
+    def _batch_statics(self, index: int, spec: ClipSpec) -> list[tuple[FrameStore, int]]:
+        """The still images that a batch draws from: all, or those of one set, larger sets being likelier."""
+        rng = np.random.default_rng([self.seed, index])
+        if not self._static_sets or rng.random() >= spec.kin:
+            return self._statics
+        shares = np.array([len(images) for images in self._static_sets]) / len(self._statics)
+        return self._static_sets[rng.choice(len(shares), p=shares)]
+
+    @staticmethod
+    def _draw_static(
+        rng: np.random.Generator,
+        statics: list[tuple[FrameStore, int]],
+        spec: ClipSpec,
+        frames: np.ndarray,
+        masks: np.ndarray,
+    ) -> None:
         """Fills a clip with one image, repeated."""
         for _ in range(20):
-            store, index = self._statics[rng.integers(len(self._statics))]
+            store, index = statics[rng.integers(len(statics))]
             objects = [item for item in store.objects[index] if item.area >= _MINIMUM_OBJECT_AREA]
             if objects:
                 break

@@ -14,6 +14,10 @@ from .store import VOID
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# Frames over which made-up motion keeps its direction.
+_STEADY_FRAMES = 5
+# Share of pasted objects that are copies of the clip's own.
+_TWINS = 0.3
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,9 @@ class AugmentConfig:
         color (`float`): Strength of brightness, contrast, saturation and hue changes.
         grayscale (`float`): Probability of a gray clip.
         blur (`float`): Probability of a blurred clip (out of focus or motion).
-        paste (`float`): Probability of pasting another sample's object as one more labelled object.
+        paste (`float`): Probability of pasting another sample's object, or now and then a copy of the clip's own, as
+            one more labelled object.
+        pastes (`int`): How many times that is tried.
         distractor (`float`): Probability of pasting an unlabelled look-alike: a copy of the clip's object or another
             sample's object.
         occluder (`float`): Probability of a moving unlabelled blob of another image in front of everything.
@@ -50,6 +56,7 @@ class AugmentConfig:
     grayscale: float = 0.05
     blur: float = 0.15
     paste: float = 0.4
+    pastes: int = 1
     distractor: float = 0.4
     occluder: float = 0.1
     min_area: int = 60
@@ -144,9 +151,15 @@ def _matrices(angle: torch.Tensor, log_scale: torch.Tensor, shear: torch.Tensor,
 
 
 def _random_walk(generator: torch.Generator, batch: int, frames: int, channels: int) -> torch.Tensor:
-    """Smooth walks `(batch, frames, channels)` from 0: a constant velocity and changes of it, about 1 a frame."""
+    """
+    Smooth walks `(batch, frames, channels)` from 0, about 1 a frame: each has a velocity, and changes of it. On long
+    clips the velocity swings, so that a walk goes no further than about twice its first four frames.
+    """
     velocity = _uniform(generator, batch, 1, channels)
     noise = _uniform(generator, batch, max(frames - 1, 1), channels) * 0.5
+    if frames > _STEADY_FRAMES:
+        turns = _uniform(generator, batch, 1, channels, low=0.5, high=1.0) * math.pi / _STEADY_FRAMES
+        velocity = velocity * torch.cos(turns * torch.arange(frames - 1).view(1, -1, 1))
     steps = velocity + noise[:, : frames - 1]
     return torch.cat([torch.zeros(batch, 1, channels), steps.cumsum(1)], dim=1)
 
@@ -240,7 +253,9 @@ def _elastic(
         return None
     velocity = velocity[:, :1] * 0.7 + velocity * 0.3
     velocity[:, 0] = 0
-    walk = velocity.cumsum(1) * 0.035 * amount.view(batch, 1, 1, 1, 1)
+    # No further on a long clip than on a short one.
+    speed = 0.035 * min(1.0, _STEADY_FRAMES / frames)
+    walk = velocity.cumsum(1) * speed * amount.view(batch, 1, 1, 1, 1)
     walk[:, :, 0] *= size[0] / size[1]
     smooth = F.interpolate(walk.flatten(0, 1), size=_coarse_size(size), mode="bicubic", align_corners=True)
     return smooth.unflatten(0, (batch, frames))
@@ -356,10 +371,11 @@ def _first_areas(ids: torch.Tensor, max_id: int = 10) -> torch.Tensor:
 
 @dataclass
 class _Layer:
-    """A moving cut-out: colours `(frames, 3, H, W)` and opacity `(frames, 1, H, W)`."""
+    """A moving cut-out: colours `(frames, 3, h, w)` and opacity `(frames, 1, h, w)` of a window of the picture."""
 
     colors: torch.Tensor
     alpha: torch.Tensor
+    window: tuple[slice, slice]
 
 
 def _draw_layer(
@@ -397,32 +413,50 @@ def _draw_layer(
         matrix[:, :, 0] *= -1
     target = torch.stack([draw[4] * 0.42 * width, draw[5] * 0.38 * height]) + walk[:, 3:5] * 0.06 * height
     shift = center - (matrix @ target.unsqueeze(-1)).squeeze(-1)
-    grid = motion_grid(matrix.to(images.device), shift.to(images.device), (height, width), (height, width))
+    window = _reached_window(alpha.amax((0, 1)) > 0, matrix, shift)
+    rows, columns = ((part.stop - part.start) for part in window)
+    middle = torch.tensor([(part.start + part.stop - 1) / 2 for part in reversed(window)])
+    middle -= torch.tensor([(width - 1) / 2, (height - 1) / 2])
+    shift = shift + matrix @ middle
+    grid = motion_grid(matrix.to(images.device), shift.to(images.device), (rows, columns), (height, width))
     source = torch.cat([images, alpha], dim=1)
     moved = F.grid_sample(source, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
     # A soft edge one pixel wide, drawn inwards so that the donor's background does not show.
-    return _Layer(moved[:, :3], ((moved[:, 3:] - 0.4) / 0.5).clamp_(0, 1))
+    return _Layer(moved[:, :3], ((moved[:, 3:] - 0.4) / 0.5).clamp_(0, 1), window)
+
+
+def _reached_window(shape: torch.Tensor, matrix: torch.Tensor, shift: torch.Tensor) -> tuple[slice, slice]:
+    """Rows and columns that a cut-out `(height, width)` bool may reach on its way, at least one of each."""
+    size = torch.tensor([shape.shape[1], shape.shape[0]])
+    spans = [torch.nonzero(shape.any(axis)).flatten()[[0, -1]].cpu() for axis in (0, 1)]
+    corners = torch.cartesian_prod(*spans) - (size - 1) / 2
+    reached = (torch.linalg.inv(matrix) @ (corners - shift.unsqueeze(1)).mT).mT.flatten(0, 1) + (size - 1) / 2
+    first = torch.minimum((reached.amin(0).floor() - 1).clamp_min(0), size - 1).int().tolist()
+    last = torch.maximum(torch.minimum(reached.amax(0).ceil() + 2, size), torch.tensor(first) + 1).int().tolist()
+    columns, rows = (slice(low, high) for low, high in zip(first, last, strict=True))
+    return rows, columns
 
 
 def _composite(
     images: torch.Tensor, ids: torch.Tensor, layer: _Layer, number: int, in_front: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws a layer onto one clip; `number` is the id it gets, 0 = unlabelled."""
+    """Draws a layer onto a copy of one clip; `number` is the id it gets, 0 = unlabelled."""
+    images, ids = images.clone(), ids.clone()
+    shown, shown_ids = images[(..., *layer.window)], ids[(..., *layer.window)]
     alpha = layer.alpha
-    if in_front:
-        alpha_ids = alpha[:, 0] > 0.5
-        in_front = _first_hidden(ids, alpha_ids) <= 0.4
+    in_front = in_front and _first_hidden(ids[0], shown_ids[0], alpha[0, 0] > 0.5) <= 0.4
     if not in_front:
-        objects = (ids > 0) & (ids != VOID)
+        objects = (shown_ids > 0) & (shown_ids != VOID)
         alpha = alpha * ~objects.unsqueeze(1)
-        alpha_ids = alpha[:, 0] > 0.5
-    return torch.lerp(images, layer.colors, alpha), ids.masked_fill(alpha_ids, number)
+    shown.copy_(torch.lerp(shown, layer.colors, alpha))
+    shown_ids.masked_fill_(alpha[:, 0] > 0.5, number)
+    return images, ids
 
 
-def _first_hidden(ids: torch.Tensor, cover: torch.Tensor) -> float:
-    """Largest share of any object of the first frame that `cover` hides."""
-    areas = torch.bincount(ids[0].flatten().int(), minlength=256).float()
-    hidden = torch.bincount(ids[0][cover[0]].flatten().int(), minlength=256).float()
+def _first_hidden(ids: torch.Tensor, shown: torch.Tensor, cover: torch.Tensor) -> float:
+    """Largest share of any object of the first frame, `ids`, that `cover` hides in the window `shown` of it."""
+    areas = torch.bincount(ids.flatten().int(), minlength=256).float()
+    hidden = torch.bincount(shown[cover].flatten().int(), minlength=256).float()
     share = (hidden / areas.clamp_min(1))[1:VOID]
     return float(share.max())
 
@@ -447,15 +481,18 @@ def _pick(candidates: list[int], generator: torch.Generator) -> int:
 def _paste_all(images: torch.Tensor, ids: torch.Tensor, config: AugmentConfig, generator: torch.Generator) -> None:
     """Adds labelled objects, look-alikes and occluders in place; the clips of the batch are the donors."""
     batch = images.shape[0]
-    draws = torch.rand(batch, 5, generator=generator).tolist()
-    donors = torch.randint(1, max(batch, 2), (batch, 3), generator=generator)
+    draws = torch.rand(batch, 4, generator=generator).tolist()
+    donors = torch.randint(1, max(batch, 2), (batch, 2), generator=generator)
+    pastes = torch.rand(batch, config.pastes, 3, generator=generator).tolist()
+    paste_donors = torch.randint(1, max(batch, 2), (batch, config.pastes), generator=generator)
     areas = _first_areas(ids).cpu()
     highest = torch.where(ids == VOID, 0, ids).flatten(1).amax(1).tolist()
     present = [[n + 1 for n in range(areas.shape[1]) if areas[b, n] >= 3 * config.min_area] for b in range(batch)]
+    several = config.pastes > 1
     changed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for index in range(batch):
         donor = [(index + int(step)) % batch for step in donors[index]]
-        paste, distractor, occluder, copy, front = draws[index]
+        distractor, occluder, copy, front = draws[index]
         clip, labels = original = images[index], ids[index]
         if distractor < config.distractor:
             source = index if copy < 0.6 or not present[donor[0]] else donor[0]
@@ -464,13 +501,15 @@ def _paste_all(images: torch.Tensor, ids: torch.Tensor, config: AugmentConfig, g
                     images[source], ids[source], _pick(present[source], generator), (0.7, 1.2), generator
                 )
                 clip, labels = _composite(clip, labels, layer, 0, in_front=front < 0.4)
-        if paste < config.paste and present[donor[1]] and donor[1] != index:
-            source = donor[1]
-            layer = _draw_layer(images[source], ids[source], _pick(present[source], generator), (0.5, 1.2), generator)
-            taken = highest[index] + 1
-            clip, labels = _composite(clip, labels, layer, taken, in_front=front > 0.3)
+        for number in range(config.pastes):
+            paste, twin, front = pastes[index][number]
+            source = index if several and twin < _TWINS else (index + int(paste_donors[index, number])) % batch
+            if paste < config.paste and present[source] and (several or source != index):
+                chosen = _pick(present[source], generator)
+                layer = _draw_layer(images[source], ids[source], chosen, (0.5, 1.2), generator)
+                clip, labels = _composite(clip, labels, layer, highest[index] + 1 + number, in_front=front > 0.3)
         if occluder < config.occluder:
-            layer = _blob_layer(images[donor[2]], generator)
+            layer = _blob_layer(images[donor[1]], generator)
             clip, labels = _composite(clip, labels, layer, 0, in_front=True)
         # Several layers together may hide what each of them alone would not.
         if clip is not original[0] and int(_first_areas(labels[None]).max()) >= config.min_area:

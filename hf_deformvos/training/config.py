@@ -136,6 +136,7 @@ _SHARES = (
     "paste",
     "distractor",
     "occluder",
+    "kin",
     "bootstrap_warm_up",
     "warm_up",
 )
@@ -161,13 +162,14 @@ _LOWEST = {
     1: (
         "dataset_max_sequences",
         "gradient_accumulation_steps",
-        "logging_steps",
         "gradient_frames",
+        "logging_steps",
         "max_gap",
         "max_objects",
         "max_proposals",
         "max_train_steps",
         "memory_interval",
+        "pastes",
         "static_short_side",
         "video_short_side",
     ),
@@ -243,8 +245,10 @@ class TrainingConfig:
     max_gap: int = _help(10, "Largest distance of neighbouring frames of a video clip.")
     max_objects: int = _help(3, "Most labelled objects taken from one source.")
     paste: float = _help(0.4, "Probability of pasting another clip's object as one more labelled object.")
+    pastes: int = _help(1, "How many times such a paste is tried, each from another clip of the batch or a copy.")
     distractor: float = _help(0.4, "Probability of an unlabelled look-alike that moves by itself.")
     occluder: float = _help(0.1, "Probability of a moving occluder.")
+    kin: float = _help(0.0, "Probability that all still images of a batch come from one set, and so look alike.")
     color: float = _help(1.0, "Strength of colour changes.")
     motion: float = _help(1.0, "Strength of the motion made up for still images.")
 
@@ -255,15 +259,15 @@ class TrainingConfig:
     memory_interval: int | None = _help(
         None, "Every how many frames the long-term bank is written; by default 1, 2 or 3 at random."
     )
-
-    ce_weight: float = _help(0.5, "Weight of the bootstrapped cross-entropy.")
-    jaccard_weight: float = _help(0.5, "Weight of the soft Jaccard loss.")
-    bootstrap_share: float = _help(0.25, "Share of hardest pixels that the cross-entropy keeps after its warm-up.")
     gradient_frames: int | None = _help(
         None,
         "Predicted frames of a clip, the last ones, that are learned from; those before are rolled forward on the "
         "student's own masks without gradients. By default all.",
     )
+
+    ce_weight: float = _help(0.5, "Weight of the bootstrapped cross-entropy.")
+    jaccard_weight: float = _help(0.5, "Weight of the soft Jaccard loss.")
+    bootstrap_share: float = _help(0.25, "Share of hardest pixels that the cross-entropy keeps after its warm-up.")
     bootstrap_warm_up: float = _help(0.3, "Progress over which that share falls from 1.")
 
     att_weight: float = _help(1.0, "Weight, where there is a teacher, of 1 - CKA of its and the student's attention.")
@@ -376,7 +380,7 @@ class TrainingConfig:
     def most_objects(self) -> int:
         """Most labelled objects that any clip of the run can hold, pasted ones included."""
         pastes = (self.paste if stage.paste is None else stage.paste for stage in self._stages)
-        return self.max_objects + any(pastes)
+        return self.max_objects + self.pastes * any(pastes)
 
     def stage_at(self, progress: float) -> Stage:
         """The stage that a progress in [0, 1] falls into."""
@@ -391,12 +395,14 @@ class TrainingConfig:
             video_share=self.video_share if stage.video_share is None else stage.video_share,
             max_gap=self.max_gap if stage.max_gap is None else stage.max_gap,
             max_objects=self.max_objects,
+            kin=self.kin,
         )
 
     def augmentation(self, stage: Stage) -> AugmentConfig:
         """How clips are augmented in a stage."""
         return AugmentConfig(
             paste=self.paste if stage.paste is None else stage.paste,
+            pastes=self.pastes,
             distractor=self.distractor if stage.distractor is None else stage.distractor,
             occluder=self.occluder,
             color=self.color,

@@ -37,7 +37,7 @@ class Preset:
 
     Attributes:
         dtype (`str`, *optional*): precision of the network; [`fastest_dtype`] by default.
-        short_side (`int`, *optional*): upper bound of the frame's short side at the network; the model's by default.
+        short_side (`int`, *optional*): the frame's short side at the network, in pixels; the model's by default.
     """
 
     dtype: str | None = None

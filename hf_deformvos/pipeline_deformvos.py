@@ -75,7 +75,7 @@ class DeformVosPipeline(Pipeline):
             mask_frame (`int`, defaults to 0): the frame that `masks` belongs to, counted from 0.
             object_ids (`int` or `list[int]`, *optional*):
                 The ids of boolean masks, 1, 2, ... by default; those to take from an id map, by default all but 0.
-            short_side (`int`, *optional*): upper bound of the short side at the network; the processor's by default.
+            short_side (`int`, *optional*): short side at the network, in pixels; the processor's by default.
             dtype (`torch.dtype` or `str`, *optional*): precision to compute in; the model's by default.
             start_frame (`int`, *optional*): first frame to segment, by default the earliest that has a mask.
             max_frames (`int`, *optional*): how many frames to segment, by default all.

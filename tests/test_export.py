@@ -56,7 +56,8 @@ def save_tiny(folder, **changes):
         if name.endswith("offset.weight"):
             torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
-    DeformVosProcessor(DeformVosImageProcessor(size={"shortest_edge": 96})).save_pretrained(folder)
+    images = DeformVosImageProcessor(size={"shortest_edge": 96}, max_enlargement=1.5)
+    DeformVosProcessor(images).save_pretrained(folder)
     return str(folder)
 
 
@@ -235,6 +236,16 @@ def test_the_released_student(format, tmp_path, one_thread):
     rows, columns = np.indices(ids.shape)
     tiles = (rows * 3 // ids.shape[0]) * 4 + columns * 4 // ids.shape[1] + 1
     compare(model, reference, frames[:12], tiles[None], size)
+
+
+@pytest.mark.parametrize("size", [(96, 128), (60, 72), (200, 70)])
+def test_frames_are_prepared_as_pytorch_does(size, onnx_dir, tiny_dir):
+    """Small ones are enlarged as far as the release allows."""
+    frame = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    exported = OnnxDeformVos.from_pretrained(onnx_dir).processor(frame).pixel_values
+    expected = DeformVosImageProcessor.from_pretrained(tiny_dir)(frame).pixel_values
+    assert min(exported.shape[-2:]) == 97
+    np.testing.assert_allclose(exported, expected.numpy(), atol=1e-5)
 
 
 def changes(model, processor, frames, ids):

@@ -37,6 +37,28 @@ def test_network_size(size, expected):
     assert network_size(*size, LIMITS) == expected
 
 
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((240, 432), (481, 865)),  # twice as large, to the bound
+        ((360, 640), (481, 849)),
+        ((100, 160), (193, 321)),  # no more than twice
+        ((720, 1280), (481, 849)),
+        ((300, 1200), (385, 1537)),  # the long side has a bound of its own
+    ],
+)
+def test_small_frames_are_enlarged_as_far_as_is_allowed(size, expected):
+    assert network_size(*size, LIMITS, 2.0) == expected
+    frame = np.zeros((*size, 3), dtype=np.uint8)
+    assert DeformVosImageProcessor(max_enlargement=2.0)(frame).pixel_values.shape[-2:] == expected
+
+
+@pytest.mark.parametrize("factor", [0.5, float("nan"), float("inf")])
+def test_enlargements_that_are_none_are_refused(frame, factor):
+    with pytest.raises(ValueError, match="`max_enlargement` must be a finite number of at least 1, got"):
+        DeformVosImageProcessor(max_enlargement=factor)(frame)
+
+
 def test_pixels_are_resized_and_normalised(frame):
     inputs = DeformVosImageProcessor()(frame, return_tensors="pt")
     assert inputs.original_sizes == [(50, 70)]
@@ -80,10 +102,11 @@ def test_frames_of_one_size_are_stacked_and_others_listed(frame):
 
 
 def test_settings_survive_saving(tmp_path, frame):
-    DeformVosImageProcessor(size={"shortest_edge": 32}).save_pretrained(tmp_path)
+    DeformVosImageProcessor(size={"shortest_edge": 32}, max_enlargement=1.5).save_pretrained(tmp_path)
     loaded = AutoImageProcessor.from_pretrained(tmp_path)
     assert isinstance(loaded, DeformVosImageProcessor)
     assert loaded(frame).pixel_values.shape[-2:] == (33, 49)
+    assert loaded(frame[:20, :28]).pixel_values.shape[-2:] == (33, 49) and loaded.max_enlargement == 1.5
     assert loaded(frame, size={"shortest_edge": 17}).pixel_values.shape[-2:] == (17, 17)
 
 

@@ -34,7 +34,7 @@ class EngineConfig:
             One of `DTYPES`, float32 by default. Exported graphs have the one that they were exported in.
         device (`str`, *optional*): such as `"cpu"` or `"cuda"`; the fastest present by default.
         threads (`int`, *optional*): CPU threads of the network; what torch takes by default.
-        short_side (`int`, *optional*): bound of the short side at the network, in pixels; the model's by default.
+        short_side (`int`, *optional*): short side at the network, in pixels; the model's by default.
 
     Raises:
         ValueError: if a value is none of those allowed, or two do not go together.

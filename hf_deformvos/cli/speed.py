@@ -25,7 +25,8 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
         "--short-side",
         metavar="N",
         type=at_least(16),
-        help="upper bound of the short side at the network, in pixels (default: the preset's, else the model's)",
+        help="short side at the network, in pixels (default: the preset's, else the model's); how far small videos "
+        "are enlarged for it is the model's to say",
     )
 
 

@@ -182,6 +182,7 @@ def _settings(model: DeformVosModel, processor, format: str) -> dict:
             "rescale_factor": float(images.rescale_factor),
             "image_mean": [float(value) for value in images.image_mean],
             "image_std": [float(value) for value in images.image_std],
+            "max_enlargement": float(images.max_enlargement),
         },
         "num_parameters": model.num_parameters(),
     }

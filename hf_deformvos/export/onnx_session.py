@@ -212,12 +212,13 @@ class OnnxDeformVos:
 # Frames and masks
 
 
-def network_size(height: int, width: int, size: dict[str, int]) -> tuple[int, int]:
+def network_size(height: int, width: int, size: dict[str, int], max_enlargement: float = 1.0) -> tuple[int, int]:
     """
-    Size at which the network sees a frame: the short side at most `size["shortest_edge"]`, the long side at most
-    `size["longest_edge"]`, never enlarged but to reach two tokens, each side rounded to 16k+1 pixels.
+    Size at which the network sees a frame: the short side `size["shortest_edge"]`, or less where the frame would have
+    to be enlarged more than `max_enlargement` times or the long side would exceed `size["longest_edge"]`; two tokens
+    at least, each side rounded to 16k+1 pixels.
     """
-    scale = min(1.0, size["shortest_edge"] / min(height, width))
+    scale = min(max_enlargement, size["shortest_edge"] / min(height, width))
     if size.get("longest_edge"):
         scale = min(scale, size["longest_edge"] / max(height, width))
     return tuple(max(1, round((side * scale - 1) / STRIDE)) * STRIDE + 1 for side in (height, width))
@@ -232,10 +233,20 @@ class OnnxDeformVosProcessor:
         resample (`int`): Pillow's resampling filter.
         rescale_factor (`float`): of pixel values, before the normalisation.
         image_mean, image_std (sequences of three `float`): of the normalisation.
+        max_enlargement (`float`): how many times larger a small frame is made at most.
     """
 
-    def __init__(self, size: dict, resample: int, rescale_factor: float, image_mean: Sequence, image_std: Sequence):
+    def __init__(
+        self,
+        size: dict,
+        resample: int,
+        rescale_factor: float,
+        image_mean: Sequence,
+        image_std: Sequence,
+        max_enlargement: float = 1.0,
+    ):
         self.size = {name: side for name, side in size.items() if side}
+        self.max_enlargement = max_enlargement
         self.resample = resample
         mean, deviation = (np.asarray(values, dtype=np.float32)[:, None, None] for values in (image_mean, image_std))
         self._scale = (np.float32(rescale_factor) / deviation).astype(np.float32)
@@ -273,7 +284,7 @@ class OnnxDeformVosProcessor:
         for index, image in enumerate(images):
             frame = _to_uint8_rgb(image, index)
             original_sizes.append(frame.shape[:2])
-            height, width = network_size(*frame.shape[:2], size)
+            height, width = network_size(*frame.shape[:2], size, self.max_enlargement)
             resized = np.asarray(Image.fromarray(frame).resize((width, height), self.resample))
             # Multiplied as it is cast: no float32 copy of the picture besides the result.
             pixels = np.multiply(np.moveaxis(resized, -1, 0), self._scale, order="C", dtype=np.float32)

@@ -15,10 +15,12 @@ from .measurements import sha256_of
 # What of a run's settings tells how the weights came about; the others are paths and bookkeeping.
 SETTINGS = (
     "supervision att_weight intra_weight inter_weight kl_weight representation_weight temperature stages "
-    "video_share max_gap max_objects paste distractor occluder own_masks_start own_masks_end own_masks_from "
-    "own_masks_until ce_weight jaccard_weight bootstrap_share learning_rate backbone_lr_scale offset_lr_scale "
-    "warm_up poly_power weight_decay max_grad_norm ema_decay mixed_precision seed"
+    "video_share max_gap max_objects paste pastes distractor occluder kin gradient_frames own_masks_start "
+    "own_masks_end own_masks_from own_masks_until init_except freeze freeze_until ce_weight jaccard_weight "
+    "bootstrap_share learning_rate backbone_lr_scale offset_lr_scale warm_up poly_power weight_decay max_grad_norm "
+    "ema_decay mixed_precision seed"
 ).split()
+MAX_ENLARGEMENT = 2.0
 _SOURCES = ("davis_dirs", "youtube_vos_dirs", "dataset_names", "static_dirs", "video_dirs")
 
 
@@ -36,7 +38,8 @@ def release_run(
     Args:
         run (`str` or `Path`): output folder of train_distill.py, with the averaged weights and `all_results.json`.
         folder (`str` or `Path`): written to; it may be what the run started from.
-        short_side (`int`, *optional*): the processor's bound of the short side, in pixels; by default the run's.
+        short_side (`int`, *optional*): the processor's bound of the short side, in pixels, which videos of half that
+            size are enlarged to; by default all is as in the run.
         memory_interval (`int`, *optional*): overrides the configuration's.
         data (list of `str`, *optional*): names of the data sets, by default those of the folders that the run read.
         origins (`dict`, *optional*): `initialised_from` and `teacher`, for runs whose results do not tell.
@@ -60,7 +63,8 @@ def release_run(
         DeformVosProcessor.from_pretrained(run).save_pretrained(folder)
     else:
         size = {"shortest_edge": short_side, "longest_edge": 1536}
-        DeformVosProcessor(DeformVosImageProcessor(size=size)).save_pretrained(folder)
+        images = DeformVosImageProcessor(size=size, max_enlargement=MAX_ENLARGEMENT)
+        DeformVosProcessor(images).save_pretrained(folder)
     facts = {
         "steps": results["steps"],
         "clips": results["clips"],

@@ -471,15 +471,16 @@ def proposal_pixels(image: np.ndarray, teacher: DeformVosModel, processor: Defor
     """A `(height, width, 3)` frame as the teacher takes it, `(1, 3, 16k+1, 16m+1)`, of at most `MAX_TOKENS` tokens."""
     size = image.shape[:2]
     short_side = min(size)
-    while short_side > 32 and _num_tokens(size, size_option(processor, short_side)) > MAX_TOKENS:
+    while short_side > 32 and _num_tokens(size, processor, short_side) > MAX_TOKENS:
         short_side -= 8
     pixel_values = processor(images=image, **size_option(processor, short_side)).pixel_values
     return pixel_values.to(teacher.device, teacher.dtype)
 
 
-def _num_tokens(size: tuple[int, int], option: dict) -> int:
+def _num_tokens(size: tuple[int, int], processor: DeformVosProcessor, short_side: int) -> int:
     """How many tokens a frame has at a bound of its short side."""
-    height, width = network_size(*size, SizeDict(**option["size"]))
+    bounds = SizeDict(**size_option(processor, short_side)["size"])
+    height, width = network_size(*size, bounds, processor.image_processor.max_enlargement)
     return (height // 16 + 1) * (width // 16 + 1)
 
 

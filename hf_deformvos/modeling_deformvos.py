@@ -437,8 +437,8 @@ class DeformVosModel(DeformVosPreTrainedModel):
             memory_interval (`int`, *optional*): overrides `config.memory_interval`.
             gradient_frames (`int`, *optional*):
                 How many predicted frames, the last ones, are computed with gradients; all by default. Those before are
-                rolled without, as in inference: a long clip on the model's own masks shows how it drifts, and costs
-                little more than a short one. The first frame, whose masks are given, keeps its gradients.
+                rolled without: a long clip shows how the model drifts on its own masks, and costs little more than a
+                short one. The first frame, whose masks are given, keeps its gradients.
             inference_session ([`DeformVosInferenceSession`], *optional*): the session to advance by one frame.
             frame (`torch.FloatTensor` of shape `(3, height, width)`, *optional*):
                 The next frame of a streaming session.

@@ -20,6 +20,7 @@ SETTINGS = (
     "bootstrap_share learning_rate backbone_lr_scale offset_lr_scale warm_up poly_power weight_decay max_grad_norm "
     "ema_decay mixed_precision seed"
 ).split()
+# Of small videos in a release; docs/ARCHITECTURE.md, "Small videos", has what it brings.
 MAX_ENLARGEMENT = 2.0
 _SOURCES = ("davis_dirs", "youtube_vos_dirs", "dataset_names", "static_dirs", "video_dirs")
 

@@ -403,7 +403,7 @@ def follow_objects(
     """
     visible = np.zeros(len(clip), dtype=bool)
     for reverse in (False, True) if start else (False,):
-        session = processor.init_video_session(video=clip)
+        session = processor.init_video_session(video=clip, short_side=_stored_side(clip[0].shape[:2], processor))
         processor.add_inputs_to_inference_session(session, frame_idx=start, input_masks=mask)
         for output in teacher.propagate_in_video_iterator(session, start_frame_idx=start, reverse=reverse):
             index = output.frame_idx
@@ -477,6 +477,11 @@ def proposal_pixels(image: np.ndarray, teacher: DeformVosModel, processor: Defor
     return pixel_values.to(teacher.device, teacher.dtype)
 
 
+def _stored_side(size: tuple[int, int], processor: DeformVosProcessor) -> int:
+    """Short side at which the teacher sees a stored frame: its own, within the processor's bound; never enlarged."""
+    return min(*size, processor.image_processor.size["shortest_edge"])
+
+
 def _num_tokens(size: tuple[int, int], processor: DeformVosProcessor, short_side: int) -> int:
     """How many tokens a frame has at a bound of its short side."""
     bounds = SizeDict(**size_option(processor, short_side)["size"])
@@ -502,7 +507,8 @@ def settle_masks(
     ids = np.zeros(image.shape[:2], dtype=np.uint8)
     for number, mask in enumerate(masks, start=1):
         ids[mask] = number
-    frame = processor(images=image).pixel_values[0]
+    option = size_option(processor, _stored_side(image.shape[:2], processor))
+    frame = processor(images=image, **option).pixel_values[0]
     for _ in range(_SETTLING_ROUNDS):
         session = processor.init_video_session()
         processor.add_inputs_to_inference_session(session, frame_idx=0, input_masks=ids)

@@ -855,7 +855,8 @@ def test_errors_of_the_program_are_not_hidden(loaded, tiny_clip, models, tiny_mo
 
 def test_memory_does_not_grow_with_the_length(tmp_path, models):
     peaks = {}
-    for count in (20, 80):
+    # The first run imports what is imported late.
+    for count in (8, 20, 80):
         space = Workspace(tmp_path / str(count), LIMITS)
         frames, ids = long_clip(count)
         path = write_video(tmp_path / f"{count}.mp4", frames)
@@ -866,8 +867,10 @@ def test_memory_does_not_grow_with_the_length(tmp_path, models):
         for _ in space.import_video(path):
             pass
         space.set_marks(0, mask)
-        for _ in follow(space, models, "Tiny", "Standard", 0, progress_every=0.0):
-            pass
+        for step, _ in enumerate(follow(space, models, "Tiny", "Standard", 0, progress_every=0.0)):
+            # transformers' processors leave cycles of 2 kB a frame, which go when the collector comes by, not before.
+            if step % 10 == 0:
+                gc.collect()
         for _ in write_overlay(space, tmp_path / f"{count}-out.mp4"):
             pass
         write_masks_zip(space, tmp_path / f"{count}.zip")

@@ -63,7 +63,8 @@ def save_tiny(folder, **changes):
 
 @pytest.fixture(scope="module")
 def tiny_dir(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+    """Of two layers; the released student has one."""
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "model", num_hidden_layers=2)
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +75,6 @@ def onnx_dir(tiny_dir, tmp_path_factory):
 @pytest.fixture(scope="module")
 def torch_dir(tiny_dir, tmp_path_factory):
     return export_model(tiny_dir, tmp_path_factory.mktemp("torch") / "out", format="torch")
-
-
-@pytest.fixture(scope="module")
-def deep_dirs(tmp_path_factory):
-    """A model of two layers and its export."""
-    folder = tmp_path_factory.mktemp("deep")
-    source = save_tiny(folder / "model", num_hidden_layers=2)
-    return source, export_model(source, folder / "out")
 
 
 @pytest.fixture
@@ -216,12 +209,6 @@ def test_torch_programs_are_pytorchs(num_objects, torch_dir, tiny_dir, one_threa
 
 
 @pytest.mark.slow
-def test_models_of_several_layers(deep_dirs, one_thread):
-    source, out = deep_dirs
-    compare(OnnxDeformVos.from_pretrained(out), load_for_inference(source, "cpu"), *moving_clip(12, (96, 128), 6))
-
-
-@pytest.mark.slow
 @pytest.mark.weights
 @pytest.mark.parametrize("format", ["onnx", "torch"])
 def test_the_released_student(format, tmp_path, one_thread):
@@ -279,17 +266,10 @@ def changes(model, processor, frames, ids):
     yield step(9)
 
 
-@pytest.mark.parametrize("layers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_objects_come_and_go(layers, request, one_thread):
-    source, out = (
-        (request.getfixturevalue("tiny_dir"), request.getfixturevalue("onnx_dir"))
-        if layers == 1
-        else request.getfixturevalue("deep_dirs")
-    )
+def test_objects_come_and_go(onnx_model, tiny_dir, one_thread):
     clip = moving_clip(10, (96, 160), 6)
-    model = OnnxDeformVos.from_pretrained(out)
-    torch_model, torch_processor = load_for_inference(source, "cpu")
-    outputs = changes(model, model.processor, *clip)
+    torch_model, torch_processor = load_for_inference(tiny_dir, "cpu")
+    outputs = changes(onnx_model, onnx_model.processor, *clip)
     for output, expected in zip(outputs, changes(torch_model, torch_processor, *clip), strict=True):
         assert_same(output, expected)
 

@@ -295,15 +295,31 @@ def test_several_pastes_bring_several_objects_and_twins():
     assert twins > 12
 
 
+def test_pasted_objects_leave():
+    """Shown at first, gone at the end; the clip's own objects stay, where nothing else moves them."""
+    config = replace(NOTHING, paste=1.0, leave=1.0)
+    pasted = 0
+    for seed in range(4):
+        raw = make_raw(True, frames=6)
+        raw.masks[raw.masks == 2] = 0
+        batch = augment_clips(raw, config, generator(seed))
+        for ids, valid in zip(batch.id_masks, batch.object_valid, strict=True):
+            shown = [number for number in range(1, 1 + int(valid.sum())) if (ids[0] == number).any()]
+            gone = [number for number in shown if not (ids[-1] == number).any()]
+            assert gone == shown[1:]
+            pasted += len(gone)
+    assert pasted > 10
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_layer_is_drawn_in_the_window_that_it_reaches(seed):
     """Cut to its window, a cut-out looks as it does when the whole picture is sampled."""
     raw = make_raw(False, batch=1, frames=3, canvas=SIZE)
     images, ids = raw.frames[0].permute(0, 3, 1, 2).float(), raw.masks[0]
-    layer = _draw_layer(images, ids, 1, (0.5, 1.2), generator(seed))
+    layer = _draw_layer(images, ids, 1, (0.5, 1.2), generator(seed), leaves=seed % 2 == 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transforms, "_reached_window", lambda *_: (slice(0, SIZE[0]), slice(0, SIZE[1])))
-        whole = _draw_layer(images, ids, 1, (0.5, 1.2), generator(seed))
+        whole = _draw_layer(images, ids, 1, (0.5, 1.2), generator(seed), leaves=seed % 2 == 1)
     inside = torch.zeros(3, 1, *SIZE)
     inside[(..., *layer.window)] = layer.alpha
     torch.testing.assert_close(inside, whole.alpha, atol=1e-3, rtol=0)

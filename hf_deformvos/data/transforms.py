@@ -39,6 +39,7 @@ class AugmentConfig:
         paste (`float`): Probability of pasting another sample's object, or now and then a copy of the clip's own, as
             one more labelled object.
         pastes (`int`): How many times that is tried.
+        leave (`float`): Probability that such an object leaves the picture on the way: nothing of it is to be found.
         distractor (`float`): Probability of pasting an unlabelled look-alike: a copy of the clip's object or another
             sample's object.
         occluder (`float`): Probability of a moving unlabelled blob of another image in front of everything.
@@ -57,12 +58,13 @@ class AugmentConfig:
     blur: float = 0.15
     paste: float = 0.4
     pastes: int = 1
+    leave: float = 0.0
     distractor: float = 0.4
     occluder: float = 0.1
     min_area: int = 60
 
     def __post_init__(self):
-        for name in ("flip", "grayscale", "blur", "paste", "distractor", "occluder"):
+        for name in ("flip", "grayscale", "blur", "paste", "leave", "distractor", "occluder"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"`{name}` must be a probability between 0 and 1, got {getattr(self, name)}.")
 
@@ -379,7 +381,12 @@ class _Layer:
 
 
 def _draw_layer(
-    images: torch.Tensor, ids: torch.Tensor, number: int, scale: tuple[float, float], generator: torch.Generator
+    images: torch.Tensor,
+    ids: torch.Tensor,
+    number: int,
+    scale: tuple[float, float],
+    generator: torch.Generator,
+    leaves: bool = False,
 ) -> _Layer:
     """
     Cuts object `number` out of a clip and moves it along a path of its own.
@@ -390,6 +397,7 @@ def _draw_layer(
         number (`int`): Which object; it must show in the first frame.
         scale (`tuple[float, float]`): Range of its enlargement.
         generator (`torch.Generator`): A CPU generator.
+        leaves (`bool`): Whether its path leads out of the picture.
     """
     count, _, height, width = images.shape
     draw = _uniform(generator, 6)
@@ -412,6 +420,9 @@ def _draw_layer(
     if mirrored:
         matrix[:, :, 0] *= -1
     target = torch.stack([draw[4] * 0.42 * width, draw[5] * 0.38 * height]) + walk[:, 3:5] * 0.06 * height
+    if leaves:
+        reach = math.exp(zoom) * math.hypot(int((rows > 0).sum()), int((columns > 0).sum()))
+        target[:, 0] += _way_out(float(draw[4]), reach + width / 2, count, generator)
     shift = center - (matrix @ target.unsqueeze(-1)).squeeze(-1)
     window = _reached_window(alpha.amax((0, 1)) > 0, matrix, shift)
     rows, columns = ((part.stop - part.start) for part in window)
@@ -423,6 +434,12 @@ def _draw_layer(
     moved = F.grid_sample(source, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
     # A soft edge one pixel wide, drawn inwards so that the donor's background does not show.
     return _Layer(moved[:, :3], ((moved[:, 3:] - 0.4) / 0.5).clamp_(0, 1), window)
+
+
+def _way_out(place: float, distance: float, count: int, generator: torch.Generator) -> torch.Tensor:
+    """Shifts to the nearer side, in pixels `(count,)`, that reach `distance` in the second half of a clip."""
+    speed = distance / (max(count - 1, 1) * float(_uniform(generator, 1, low=0.5, high=0.9)))
+    return math.copysign(speed, place) * torch.arange(count)
 
 
 def _reached_window(shape: torch.Tensor, matrix: torch.Tensor, shift: torch.Tensor) -> tuple[slice, slice]:
@@ -506,7 +523,8 @@ def _paste_all(images: torch.Tensor, ids: torch.Tensor, config: AugmentConfig, g
             source = index if several and twin < _TWINS else (index + int(paste_donors[index, number])) % batch
             if paste < config.paste and present[source] and (several or source != index):
                 chosen = _pick(present[source], generator)
-                layer = _draw_layer(images[source], ids[source], chosen, (0.5, 1.2), generator)
+                leaves = config.leave > 0 and float(torch.rand((), generator=generator)) < config.leave
+                layer = _draw_layer(images[source], ids[source], chosen, (0.5, 1.2), generator, leaves)
                 clip, labels = _composite(clip, labels, layer, highest[index] + 1 + number, in_front=front > 0.3)
         if occluder < config.occluder:
             layer = _blob_layer(images[donor[1]], generator)

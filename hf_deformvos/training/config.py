@@ -137,6 +137,7 @@ _SHARES = (
     "distractor",
     "occluder",
     "kin",
+    "leave",
     "bootstrap_warm_up",
     "warm_up",
 )
@@ -246,6 +247,7 @@ class TrainingConfig:
     max_objects: int = _help(3, "Most labelled objects taken from one source.")
     paste: float = _help(0.4, "Probability of pasting another clip's object as one more labelled object.")
     pastes: int = _help(1, "How many times such a paste is tried, each from another clip of the batch or a copy.")
+    leave: float = _help(0.0, "Probability that a pasted object leaves the picture on the way.")
     distractor: float = _help(0.4, "Probability of an unlabelled look-alike that moves by itself.")
     occluder: float = _help(0.1, "Probability of a moving occluder.")
     kin: float = _help(0.0, "Probability that all still images of a batch come from one set, and so look alike.")
@@ -403,6 +405,7 @@ class TrainingConfig:
         return AugmentConfig(
             paste=self.paste if stage.paste is None else stage.paste,
             pastes=self.pastes,
+            leave=self.leave,
             distractor=self.distractor if stage.distractor is None else stage.distractor,
             occluder=self.occluder,
             color=self.color,

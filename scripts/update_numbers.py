@@ -9,10 +9,10 @@ A text (README.md, docs/**/*.md, hub_cards/*/README.md) takes a figure between t
 `<!-- numbers:NAME:begin -->` and `<!-- numbers:NAME:end -->`. NAME is a record, that is a file of docs/numbers without
 `.json`, which gives a table of its means; `RECORD.sequences`, a table of its sequences; or `RECORD.FIELD`, one value
 inside a sentence. A record that scripts/measure_budget.py wrote gives a table of its cases. The records of evidence
-(docs/EVIDENCE.md) give `ablation.GROUP`, `ablation.pairs`, `objects`, `memory`, and `figures.NAME`, a picture. Records
-of `deformvos benchmark --json docs/numbers/benchmark-NAME.json` give `benchmark-NAME`, `benchmark-NAME.stages`,
-`benchmark-NAME.memory`, `benchmark-NAME.peers` and `benchmark-NAME.start`; `benchmark` in place of the name is all of
-them in one table.
+(docs/EVIDENCE.md) give `ablation.GROUP`, `ablation.pairs`, `objects`, `memory`, `gradients`, and `figures.NAME`, a
+picture. Records of `deformvos benchmark --json docs/numbers/benchmark-NAME.json` give `benchmark-NAME`,
+`benchmark-NAME.stages`, `benchmark-NAME.memory`, `benchmark-NAME.peers` and `benchmark-NAME.start`; `benchmark` in
+place of the name is all of them in one table.
 
 The file is not called numbers.py: beside it, NumPy would import it in place of the standard library's module.
 """
@@ -55,8 +55,16 @@ COMMANDS = {
     "ablation": "python scripts/ablate.py",
     "objects": "python scripts/measure_objects.py",
     "memory": "python scripts/measure_memory.py",
+    "gradients": "python scripts/measure_gradients.py",
     "figures": "python scripts/make_figures.py",
     "benchmark": "deformvos benchmark --json docs/numbers/benchmark-NAME.json",
+}
+_LOSSES = {
+    "kl": "KL",
+    "representation": "representation",
+    "intra": "L_intra",
+    "inter": "L_inter",
+    "att": "L_att (CKA)",
 }
 NUM_SEQUENCES = 20  # of DAVIS-2016 val: figures of a part of it must not pass for its
 
@@ -180,6 +188,29 @@ def render_objects(record: dict) -> str:
     return f"{table(titles, rows)}\n\n{origin}"
 
 
+def render_gradients(record: dict) -> str:
+    """A Markdown table of distillation losses, two columns for each student."""
+    students = record["students"]
+    rows = [
+        [
+            _LOSSES[term],
+            *(
+                f"{value:.2f}"
+                for student in students.values()
+                for value in (student["terms"][term]["length"], student["terms"][term]["cosine"])
+            ),
+        ]
+        for term in next(iter(students.values()))["terms"]
+    ]
+    titles = ["loss", *(f"{label}: {what}" for label in students for what in ("length", "cosine"))]
+    height, width = record["clips"]["size"]
+    origin = (
+        f"`{record['command']}`: medians over {record['batches']} batches of {record['clips']['batch']} clips of "
+        f"{width}x{height}, teacher {record['teacher']['name']} `{record['teacher']['sha256'][:12]}…`."
+    )
+    return f"{table(titles, rows)}\n\n{origin}"
+
+
 def render_memory(record: dict) -> str:
     """A Markdown table of cases, a model after the other."""
     rows, frames = [], 0
@@ -223,7 +254,7 @@ def render_evidence(record: dict, view: str, path: Path | None, root: Path) -> s
         return render_figure(record, view, path, root)
     if kind == "ablation":
         return render_ablation(record, view)
-    return render_objects(record) if kind == "objects" else render_memory(record)
+    return {"objects": render_objects, "memory": render_memory, "gradients": render_gradients}[kind](record)
 
 
 def render_benchmarks(name: str, view: str, records: dict[str, dict]) -> str:

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import ablate
 import evidence
 import make_figures
+import measure_gradients
 import measure_memory
 import measure_objects
 import update_numbers
@@ -433,6 +434,28 @@ OBJECTS = {
         }
     },
 }
+
+
+def test_gradients_are_compared_with_those_by_labels(davis, tiny_folder, tmp_path, one_thread, monkeypatch):
+    small = [{"until": 1.0, "size": [65, 97], "frames": 3, "batch": 2}]
+    table = ablate.read_table(ablate.TABLE, [f"stages={json.dumps(small)}"])
+    monkeypatch.setattr(measure_gradients, "read_table", lambda *_: table)
+    teacher = save_tiny(tmp_path / "teacher", seed=1)
+    arguments = ["--teacher", str(teacher), "--davis", str(davis), "--batches", "2", "--threads", "1"]
+    records = []
+    for name in ("one", "again"):
+        path = tmp_path / f"{name}.json"
+        assert measure_gradients.main([*arguments, "--students", f"tiny={tiny_folder}", "--json", str(path)]) == 0
+        records.append(json.loads(path.read_text()))
+    terms = records[0]["students"]["tiny"]["terms"]
+    assert terms == records[1]["students"]["tiny"]["terms"]
+    assert set(terms) == {"kl", "representation", "intra", "inter", "att"}
+    assert all(term["length"] > 0 and -1 <= term["cosine"] <= 1 for term in terms.values())
+    assert terms["kl"]["length"] != terms["intra"]["length"]
+    shown = update_numbers.render_evidence(records[0], "", None, tmp_path)
+    assert f"| L_att (CKA) | {terms['att']['length']:.2f} | {terms['att']['cosine']:.2f} |" in shown
+    with pytest.raises(evidence.EvidenceError, match="LABEL=DIR"):
+        measure_gradients.main([*arguments, "--students", str(tiny_folder)])
 
 
 def test_texts_take_their_tables_from_the_records(record, tmp_path):

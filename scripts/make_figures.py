@@ -150,7 +150,7 @@ def draw_ablation(record: dict):
             axis.annotate(f"{values.mean():.1f}", (1.01, place), xycoords=("axes fraction", "data"), va="center")
         some = next(row["scores"][name] for row in ordered if name in row["scores"])
         where = "held-out sequences" if name == "held-out" else "sequences of DAVIS-2016 val"
-        axis.set_title(f"J&F, {some['num_sequences']} {where}")
+        axis.set_title(f"J&F\n{some['num_sequences']} {where}")
         axis.grid(axis="y", visible=False)
     axes[0][0].set_yticks(places, [row["title"] for row in ordered])
     axes[0][0].invert_yaxis()

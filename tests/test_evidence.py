@@ -476,7 +476,7 @@ def test_texts_take_their_tables_from_the_records(record, tmp_path):
     (numbers / "figures.json").write_text(json.dumps({"kind": "figures", "figures": {"memory": figure}}))
     update_numbers.render(tmp_path)
     shown = text.read_text()
-    assert "| + L_intra, L_inter and L_att (CKA) | 2 | 77.5 ± 0.7 | - | 2.35 M | 1.5 min |" in shown
+    assert "| + all three: L_intra, L_inter, L_att (CKA) | 2 | 77.5 ± 0.7 | - | 2.35 M | 1.5 min |" in shown
     assert "600 steps and 4080 clips each, from fresh weights" in shown and "Not run yet: vanilla" in shown
     assert "No row of the group *other*" in shown
     assert "| held-out | 2 | +2.5 | +0.0 to +5.0 | 3 of 4 |" in shown

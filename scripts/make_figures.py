@@ -172,7 +172,7 @@ def draw_objects(record: dict):
         for video, result in entry.get("videos", {}).items():
             at = (result["num_objects"], 100 * result["JF"])
             axis.plot(*at, "*", color=colour, markersize=11, markeredgecolor="white")
-            axis.annotate(f"{video} (real)", at, (6, -3), textcoords="offset points", fontsize=8, color=colour)
+            axis.annotate(f"{name}: {video} (real)", at, (6, -3), textcoords="offset points", fontsize=8, color=colour)
     axis.set_xlabel("objects")
     axis.set_ylabel("J&F")
     axis.xaxis.set_major_locator(plt.MultipleLocator(1))

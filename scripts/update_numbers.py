@@ -176,10 +176,11 @@ def render_objects(record: dict) -> str:
             found = by_count.get(count)
             row += [f"{100 * found['mean']:.1f}", f"{100 * found['first_mean']:.1f}"] if found else ["-", "-"]
     titles = ["objects", *(f"{name}, {what}" for name in models for what in ("all", "the clip's own"))]
-    for name, entry in models.items():
-        for video, result in entry.get("videos", {}).items():
-            cells = [f"{100 * result['JF']:.1f}" if other == name else "" for other in models]
-            rows.append([f"{result['num_objects']} ({video}, real)", *(c for cell in cells for c in (cell, ""))])
+    real = {video: result for entry in models.values() for video, result in entry.get("videos", {}).items()}
+    for video, result in real.items():
+        found = [entry.get("videos", {}).get(video) for entry in models.values()]
+        cells = [(f"{100 * scores['JF']:.1f}" if scores else "-", "") for scores in found]
+        rows.append([f"{result['num_objects']} ({video}, real)", *(cell for pair in cells for cell in pair)])
     weights = ", ".join(f"{name} `{entry['sha256'][:12]}…`" for name, entry in models.items())
     origin = (
         f"`{record['command']}`: synthetic composites of held-out sequences, {settings['max_frames']} frames each; "

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from ablate import TABLE, read_table
 from evidence import NUMBERS, EvidenceError, describe_folder, describe_model, guarded, update_record
+from make_figures import LOSSES
 
 from hf_deformvos import DeformVosModel
 from hf_deformvos.data import augment_clips
@@ -50,9 +51,9 @@ class _OnePass(DistillationTask):
 
 
 def gradient_of(task: DistillationTask, batch, seed: int, term: str | None, plan: StepPlan) -> torch.Tensor:
-    """Gradient, as one vector, of the losses by labels and, where one is named, a distillation loss."""
-    weights = dict.fromkeys(TERMS, 0.0) | ({} if term is None else {term: 1.0})
-    task.weights = DistillationWeights(**weights)
+    """Gradient, as one vector, of a distillation loss alone, or of the losses by labels where none is named."""
+    task.weights = DistillationWeights(**{name: float(name == term) for name in TERMS})
+    task.ce_weight = task.jaccard_weight = 0.5 if term is None else 0.0
     task.student.zero_grad(set_to_none=True)
     with torch.autocast("cpu", torch.bfloat16):
         losses = task(batch, plan, torch.Generator().manual_seed(seed))
@@ -72,12 +73,13 @@ def measure(student: DeformVosModel, teacher: DeformVosModel, config: TrainingCo
         task.guide = None
         labels = gradient_of(task, batch, index, None, plan)
         for term in TERMS:
-            gradient = gradient_of(task, batch, index, term, plan) - labels
+            gradient = gradient_of(task, batch, index, term, plan)
             found[term]["length"].append(float(gradient.norm() / labels.norm()))
             found[term]["cosine"].append(float(torch.cosine_similarity(gradient, labels, dim=0)))
         print(f"batch {index + 1} of {batches}", file=sys.stderr)
     return {
-        term: {name: round(statistics.median(values), 4) for name, values in parts.items()}
+        term: {"title": LOSSES[f"loss_{term}"]}
+        | {name: round(statistics.median(values), 4) for name, values in parts.items()}
         for term, parts in found.items()
     }
 

@@ -59,13 +59,6 @@ COMMANDS = {
     "figures": "python scripts/make_figures.py",
     "benchmark": "deformvos benchmark --json docs/numbers/benchmark-NAME.json",
 }
-_LOSSES = {
-    "kl": "KL",
-    "representation": "representation",
-    "intra": "L_intra",
-    "inter": "L_inter",
-    "att": "L_att (CKA)",
-}
 NUM_SEQUENCES = 20  # of DAVIS-2016 val: figures of a part of it must not pass for its
 
 
@@ -194,14 +187,14 @@ def render_gradients(record: dict) -> str:
     students = record["students"]
     rows = [
         [
-            _LOSSES[term],
+            titled["title"],
             *(
                 f"{value:.2f}"
                 for student in students.values()
                 for value in (student["terms"][term]["length"], student["terms"][term]["cosine"])
             ),
         ]
-        for term in next(iter(students.values()))["terms"]
+        for term, titled in next(iter(students.values()))["terms"].items()
     ]
     titles = ["loss", *(f"{label}: {what}" for label in students for what in ("length", "cosine"))]
     height, width = record["clips"]["size"]

@@ -453,7 +453,7 @@ def test_gradients_are_compared_with_those_by_labels(davis, tiny_folder, tmp_pat
     assert all(term["length"] > 0 and -1 <= term["cosine"] <= 1 for term in terms.values())
     assert terms["kl"]["length"] != terms["intra"]["length"]
     shown = update_numbers.render_evidence(records[0], "", None, tmp_path)
-    assert f"| L_att (CKA) | {terms['att']['length']:.2f} | {terms['att']['cosine']:.2f} |" in shown
+    assert f"| L_att = 1 − CKA | {terms['att']['length']:.2f} | {terms['att']['cosine']:.2f} |" in shown
     with pytest.raises(evidence.EvidenceError, match="LABEL=DIR"):
         measure_gradients.main([*arguments, "--students", str(tiny_folder)])
 

@@ -18,6 +18,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from packaging.requirements import Requirement
 from test_repository import load_script
 
+from hf_deformvos.data import HELD_OUT_SEQUENCES
 from hf_deformvos.publishing import cards
 from hf_deformvos.publishing import publish as publish_module
 from hf_deformvos.publishing.collect import collect_release
@@ -244,6 +245,19 @@ def test_the_card_tells_the_lineage(student):
     assert "43,472 clips in 200 minutes" in text
     # Data whose terms nobody recorded make the licence unknown.
     assert "| my-own | - | not recorded |" in text and data["license"] == "other" and data["license_name"]
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize("where", ["itself", "ancestor"])
+def test_a_model_that_saw_the_held_out_sequences_says_so(student, where):
+    facts = json.loads((student / "training.json").read_text())
+    seen = {**facts, "name": "before", "settings": {**facts["settings"], "train_on_held_out": True}}
+    facts = seen if where == "itself" else {**facts, "initialised_from": seen}
+    (student / "training.json").write_text(json.dumps(facts))
+    text = cards.render_card(student, {}, REPO)
+    assert "All 30 sequences of DAVIS-2016 train were trained on" in text and "30 short videos" in text
+    assert "Never trained on" not in text
+    assert all(name in text for name in HELD_OUT_SEQUENCES)
 
 
 @pytest.mark.weights

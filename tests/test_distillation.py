@@ -4,6 +4,7 @@ processes. The losses themselves are tested in test_distillation_losses.py.
 """
 
 import copy
+import dataclasses
 import json
 import os
 import random
@@ -491,6 +492,9 @@ def test_every_kind_of_source_is_opened(tmp_path, monkeypatch):
     assert labelled == ["plain"] and len(data.pseudo) == len(data.statics) == 1
     davis, youtube, rows = data.videos
     assert list(davis.sequences) == ["ant"] and list(rows.sequences) == ["cat"], "held-out sequences are left out"
+    final = open_data(dataclasses.replace(config, train_on_held_out=True, eval_steps=0, video_dirs=[]))
+    assert list(final.videos[0].sequences) == ["ant", "swing"]
+    assert list(final.videos[2].sequences) == ["cat", "kite-walk"]
     assert {box.object_id for boxes in rows.objects for box in boxes} == {1}
     assert len(youtube.sequences) >= 1
     spec = config.clip_spec(config.stage_at(0))
@@ -577,8 +581,10 @@ def test_held_out_sequences_are_left_out_of_plain_videos(taught_run, tmp_path):
         shutil.copytree(davis / "JPEGImages" / "480p" / "ant", tmp_path / "plain" / name)
         shutil.copy(davis / "Annotations" / "480p" / "ant" / "00000.png", tmp_path / "plain" / f"{name}.png")
     config = settings(tmp_path, teacher=str(taught_run / "teacher"), cache_dir=str(tmp_path / "cache"))
-    store = build_teacher(config).label(str(tmp_path / "plain"), config, "cpu")
-    assert list(store.sequences) == ["ant"]
+    teacher = build_teacher(config)
+    assert list(teacher.label(str(tmp_path / "plain"), config, "cpu").sequences) == ["ant"]
+    final = settings(tmp_path, train_on_held_out=True, cache_dir=str(tmp_path / "cache"))
+    assert list(teacher.label(str(tmp_path / "plain"), final, "cpu").sequences) == ["ant", "swing"]
 
 
 @pytest.mark.slow

@@ -617,6 +617,10 @@ MISTAKES = {
         ["--init_from", "{tmp}/model", "--init_backbone", "{tmp}/b.safetensors", "--static_dirs", "{tmp}/sets"],
         "would replace the backbone that `init_from`",
     ),
+    "scored on what it learns": (
+        ["--eval_steps", "2", "--train_on_held_out", "--davis_dirs", "{tmp}/davis"],
+        "which `train_on_held_out` trains on",
+    ),
     "nothing held out": (["--eval_steps", "2", "--davis_dirs", "{tmp}/davis"], "none of the held-out sequences"),
 }
 

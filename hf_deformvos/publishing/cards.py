@@ -37,7 +37,7 @@ _PRIVATE_OPTIONS = ("--json", "--save-masks")  # files that a run wrote, by thei
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SOURCES = {"labels": "labels", "pseudo": "the teacher's masks", "both": "labels and the teacher's masks"}
 _PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}
-# Sequences of DAVIS-2016 train that no run sees; hf_deformvos.data has them as HELD_OUT_SEQUENCES.
+# Sequences of DAVIS-2016 train for choices; hf_deformvos.data has them as HELD_OUT_SEQUENCES.
 _HELD_OUT = "bmx-bumps, dog-agility, flamingo, kite-walk, scooter-gray, swing"
 
 
@@ -153,6 +153,7 @@ def _context(facts: dict, config: dict, provenance: dict, folder: Path, records:
         "backbone_rate": f"{own['backbone_lr_scale']:g} times the learning rate for the backbone",
         "data": _data_table(data, provenance),
         "held_out": _HELD_OUT if "davis2016-train" in data else "",
+        "saw_held_out": any(run["settings"].get("train_on_held_out", False) for run in runs),
         "small_data": bool(data) and set(data) <= set(provenance["data"]),
         "backbone": backbone.get("text", "The record of the training does not say what the backbone started from."),
         "license": metadata.license,

@@ -18,7 +18,7 @@ SETTINGS = (
     "video_share max_gap max_objects paste pastes leave distractor occluder kin gradient_frames own_masks_start "
     "own_masks_end own_masks_from own_masks_until init_except freeze freeze_until ce_weight jaccard_weight "
     "bootstrap_share learning_rate backbone_lr_scale offset_lr_scale warm_up poly_power weight_decay max_grad_norm "
-    "ema_decay mixed_precision seed"
+    "ema_decay mixed_precision seed train_on_held_out"
 ).split()
 # Of small videos in a release; docs/ARCHITECTURE.md, "Small videos", has what it brings.
 MAX_ENLARGEMENT = 2.0

@@ -10,6 +10,7 @@ from types import NoneType
 from typing import get_args, get_origin, get_type_hints
 
 from ..data.clips import ClipSpec
+from ..data.davis import HELD_OUT_SEQUENCES
 from ..data.transforms import AugmentConfig
 
 
@@ -220,6 +221,11 @@ class TrainingConfig:
     dataset_max_sequences: int | None = _help(
         None, "Sequences to take of each of those data sets, the first ones; reading a stream stops after them."
     )
+    train_on_held_out: bool = _help(
+        False,
+        "Train on the sequences that are held out for choices as well: for a final run, whose recipe has been chosen "
+        "by a run without them.",
+    )
     static_dirs: list[str] = field(
         default_factory=list, metadata={"help": "Folders of image sets (each with images/ and masks/)."}
     )
@@ -337,6 +343,11 @@ class TrainingConfig:
             raise ValueError(f"`mixed_precision` must be no, bf16 or fp16, got {self.mixed_precision!r}.")
         if self.on_data_error not in ("skip", "raise"):
             raise ValueError(f"`on_data_error` must be skip or raise, got {self.on_data_error!r}.")
+        if self.train_on_held_out and self.eval_steps and self.eval_dir is None and self.davis_dirs:
+            raise ValueError(
+                "`eval_steps` scores a run on the held-out sequences, which `train_on_held_out` trains on: leave one "
+                "of the two settings out, or give `eval_dir`."
+            )
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("`push_to_hub` needs `hub_model_id`, the repository to upload to.")
 
@@ -377,6 +388,11 @@ class TrainingConfig:
         if not ends or ends != sorted(set(ends)) or ends[-1] != 1.0:
             raise ValueError(f"The stages' `until` must rise and end with 1.0, got {ends}.")
         return stages
+
+    @property
+    def excluded_sequences(self) -> tuple[str, ...]:
+        """Sequences that the run does not train on, wherever it meets their names."""
+        return () if self.train_on_held_out else HELD_OUT_SEQUENCES
 
     @property
     def most_objects(self) -> int:

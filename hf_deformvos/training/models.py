@@ -10,7 +10,6 @@ from transformers import AutoModel, AutoProcessor
 from transformers.utils import logging
 
 from ..configuration_deformvos import DeformVosConfig
-from ..data.davis import HELD_OUT_SEQUENCES
 from ..data.store import FrameStore
 from ..data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ..modeling_deformvos import DeformVosModel
@@ -139,7 +138,7 @@ class Teacher:
             self.model.to(device),
             self.processor,
             config.video_short_side,
-            exclude=HELD_OUT_SEQUENCES,
+            exclude=config.excluded_sequences,
             max_proposals=config.max_proposals,
             cache_dir=config.cache_dir,
             on_error=config.on_data_error,

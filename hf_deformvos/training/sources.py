@@ -43,7 +43,8 @@ def split_mask_rule(source: str) -> tuple[str, bool | None]:
 
 def open_data(config: TrainingConfig, label: Callable[[str], FrameStore] | None = None) -> TrainingData:
     """
-    Opens a run's training data, decoding them at first use. Held-out sequences are left out.
+    Opens a run's training data, decoding them at first use. Held-out sequences are left out, but where
+    `train_on_held_out` is set.
 
     Args:
         config ([`TrainingConfig`]): Names the sources.
@@ -56,7 +57,8 @@ def open_data(config: TrainingConfig, label: Callable[[str], FrameStore] | None 
     data = TrainingData()
     for source in config.davis_dirs:
         root, merge = split_mask_rule(source)
-        data.videos.append(load_davis(root, config.video_short_side, merge, **shared))
+        exclude = config.excluded_sequences
+        data.videos.append(load_davis(root, config.video_short_side, merge, exclude=exclude, **shared))
     if config.youtube_vos_dirs:
         from ..data import load_youtube_vos
 
@@ -71,7 +73,7 @@ def open_data(config: TrainingConfig, label: Callable[[str], FrameStore] | None 
                 "split": config.dataset_split,
                 "streaming": config.dataset_streaming,
                 "merge": merge,
-                "exclude": HELD_OUT_SEQUENCES,
+                "exclude": config.excluded_sequences,
                 "max_sequences": config.dataset_max_sequences,
             }
             data.videos.append(load_hub_dataset(name, config.video_short_side, **options, **shared))

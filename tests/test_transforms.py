@@ -349,6 +349,29 @@ def test_look_alikes_are_not_labelled():
     assert unlabelled > 500
 
 
+def test_occluders_hide_what_they_cover_and_nothing_else():
+    hidden = []
+    for seed in range(6):
+        plain = augment_clips(make_raw(True), NOTHING, generator(seed))
+        batch = augment_clips(make_raw(True), replace(NOTHING, occluder=1.0), generator(seed))
+        changed = (batch.pixel_values - plain.pixel_values).abs().amax(2) > 0.5
+        was_shown = plain.id_masks > 0
+        assert (batch.id_masks[changed] == 0).float().mean() > 0.95, "but for the soft edge"
+        kept = was_shown & ~changed & (batch.id_masks > 0)
+        assert (batch.id_masks[kept] == plain.id_masks[kept]).float().mean() > 0.99
+        hidden.append(int((changed & was_shown).sum()))
+    assert min(hidden) > 0
+
+
+def test_bars_reach_from_border_to_border_and_stay_thin():
+    for seed in range(20):
+        bars = transforms._bars(65, 113, generator(seed))
+        rows, columns = bars.any(1).nonzero().flatten(), bars.any(0).nonzero().flatten()
+        ends = [rows[0] == 0, rows[-1] == 64, columns[0] == 0, columns[-1] == 112]
+        assert sum(bool(end) for end in ends) >= 2
+        assert 0 < bars.float().mean() < 0.25
+
+
 def test_layers_leave_every_clip_an_object():
     config = replace(NOTHING, paste=1.0, distractor=1.0, occluder=1.0, min_area=60)
     raw = make_raw(True)

@@ -18,6 +18,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 _STEADY_FRAMES = 5
 # Share of pasted objects that are copies of the clip's own.
 _TWINS = 0.3
+# Share of occluders that are bars; the others are blobs.
+_BARS = 0.5
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class AugmentConfig:
         leave (`float`): Probability that such an object leaves the picture on the way: nothing of it is to be found.
         distractor (`float`): Probability of pasting an unlabelled look-alike: a copy of the clip's object or another
             sample's object.
-        occluder (`float`): Probability of a moving unlabelled blob of another image in front of everything.
+        occluder (`float`): Probability of a moving unlabelled blob, or bars, of another image in front of everything.
         min_area (`int`): Pixels an object must show in the first frame to count as given.
     """
 
@@ -478,16 +480,35 @@ def _first_hidden(ids: torch.Tensor, shown: torch.Tensor, cover: torch.Tensor) -
     return float(share.max())
 
 
-def _blob_layer(images: torch.Tensor, generator: torch.Generator) -> _Layer:
-    """A smooth random blob of a donor clip that crosses the picture."""
-    count, _, height, width = images.shape
+def _blob(height: int, width: int, generator: torch.Generator) -> torch.Tensor:
+    """A smooth random shape near the middle, bool `(height, width)`."""
     coarse = torch.randn(1, 1, 5, 7, generator=generator)
     field = F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=True)[0, 0]
     grid = identity_grid((height, width), "cpu") * torch.tensor([width / height, 1.0])
     radius = _uniform(generator, 1, low=0.12, high=0.4)
-    field = (field * 0.25 + 1 - grid.square().sum(-1) / radius**2) > 0
-    ids = field.to(torch.uint8).expand(count, -1, -1).to(images.device)
-    return _draw_layer(images, ids, 1, (0.6, 1.5), generator)
+    return (field * 0.25 + 1 - grid.square().sum(-1) / radius**2) > 0
+
+
+def _bars(height: int, width: int, generator: torch.Generator) -> torch.Tensor:
+    """One to three parallel bars from border to border, mostly upright, bool `(height, width)`."""
+    count = int(torch.randint(1, 4, (), generator=generator))
+    tilt = 0.5 * _uniform(generator, 1) ** 3 * math.pi
+    grid = identity_grid((height, width), "cpu") * torch.tensor([width / height, 1.0])
+    across = (grid * torch.cat([tilt.cos(), tilt.sin()])).sum(-1, keepdim=True)
+    middles = _uniform(generator, 1) * 0.5 + (torch.arange(count) - (count - 1) / 2) * _uniform(
+        generator, 1, low=0.3, high=1.0
+    )
+    return ((across - middles).abs() < _uniform(generator, count, low=0.012, high=0.07)).any(-1)
+
+
+def _occluder_layer(images: torch.Tensor, generator: torch.Generator) -> _Layer:
+    """A blob or bars, such as poles and railings, that cross the picture: a donor's texture, faded to its mean."""
+    count, _, height, width = images.shape
+    upright, fade = torch.rand(2, generator=generator).tolist()
+    shape = (_bars if upright < _BARS else _blob)(height, width, generator).to(images.device)
+    mean = images[..., shape].mean(-1)[..., None, None]
+    ids = shape.to(torch.uint8).expand(count, -1, -1)
+    return _draw_layer(torch.lerp(images, mean, fade), ids, 1, (0.6, 1.5), generator)
 
 
 def _pick(candidates: list[int], generator: torch.Generator) -> int:
@@ -527,7 +548,7 @@ def _paste_all(images: torch.Tensor, ids: torch.Tensor, config: AugmentConfig, g
                 layer = _draw_layer(images[source], ids[source], chosen, (0.5, 1.2), generator, leaves)
                 clip, labels = _composite(clip, labels, layer, highest[index] + 1 + number, in_front=front > 0.3)
         if occluder < config.occluder:
-            layer = _blob_layer(images[donor[1]], generator)
+            layer = _occluder_layer(images[donor[1]], generator)
             clip, labels = _composite(clip, labels, layer, 0, in_front=True)
         # Several layers together may hide what each of them alone would not.
         if clip is not original[0] and int(_first_areas(labels[None]).max()) >= config.min_area:

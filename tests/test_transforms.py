@@ -372,6 +372,13 @@ def test_bars_reach_from_border_to_border_and_stay_thin():
         assert 0 < bars.float().mean() < 0.25
 
 
+def test_no_blob_and_no_bar_is_empty(monkeypatch):
+    for seed in range(50):
+        assert transforms._bars(17, 33, generator(seed)).any()
+    monkeypatch.setattr(transforms.torch, "randn", lambda *shape, generator: torch.full(shape, -6.0))
+    assert transforms._blob(97, 161, generator(0)).any(), "one draw in many thousands, which once ended a run"
+
+
 def test_layers_leave_every_clip_an_object():
     config = replace(NOTHING, paste=1.0, distractor=1.0, occluder=1.0, min_area=60)
     raw = make_raw(True)

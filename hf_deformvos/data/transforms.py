@@ -483,7 +483,7 @@ def _first_hidden(ids: torch.Tensor, shown: torch.Tensor, cover: torch.Tensor) -
 def _blob(height: int, width: int, generator: torch.Generator) -> torch.Tensor:
     """A smooth random shape near the middle, bool `(height, width)`."""
     coarse = torch.randn(1, 1, 5, 7, generator=generator)
-    field = F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=True)[0, 0]
+    field = F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=True)[0, 0].clamp_min(-3.5)
     grid = identity_grid((height, width), "cpu") * torch.tensor([width / height, 1.0])
     radius = _uniform(generator, 1, low=0.12, high=0.4)
     return (field * 0.25 + 1 - grid.square().sum(-1) / radius**2) > 0
@@ -498,7 +498,9 @@ def _bars(height: int, width: int, generator: torch.Generator) -> torch.Tensor:
     middles = _uniform(generator, 1) * 0.5 + (torch.arange(count) - (count - 1) / 2) * _uniform(
         generator, 1, low=0.3, high=1.0
     )
-    return ((across - middles).abs() < _uniform(generator, count, low=0.012, high=0.07)).any(-1)
+    # Never so thin that no pixel's centre is inside.
+    widths = _uniform(generator, count, low=0.012, high=0.07).clamp_min(1.5 / height)
+    return ((across - middles).abs() < widths).any(-1)
 
 
 def _occluder_layer(images: torch.Tensor, generator: torch.Generator) -> _Layer:

@@ -94,7 +94,10 @@ def sample_at(hidden: torch.Tensor, locations: torch.Tensor) -> torch.Tensor:
     inside = torch.minimum(locations.clamp_min(0), last)
     grid = (2.0 * inside / last.clamp_min(1) - 1.0).flip(-1).unsqueeze(1).expand(hidden.shape[0], -1, -1, -1)
     # grid_sample refuses mixed dtypes, and half-precision coordinates would miss tokens on long sides.
-    sampled = F.grid_sample(hidden.to(grid.dtype), grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+    source = hidden.to(grid.dtype)
+    # On a GPU this is cuDNN's sampler, which is made for channels first.
+    source = source.contiguous() if source.is_cuda else source
+    sampled = F.grid_sample(source, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
     return sampled.squeeze(2).transpose(1, 2).to(hidden.dtype)
 
 

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -28,11 +29,12 @@ from accelerate.state import AcceleratorState, GradientState
 
 import train_distill
 from hf_deformvos import DeformVosConfig, DeformVosModel
-from hf_deformvos.data import AugmentConfig, ClipSampler, RawBatch, load_static_sets
+from hf_deformvos.data import AugmentConfig, ClipSampler, RawBatch, augment_clips, load_static_sets
 from hf_deformvos.training import SegmentationTask, Trainer, TrainingConfig
 from hf_deformvos.training.checkpoint import STATE_FILE, find_checkpoint, list_checkpoints, write_checkpoint
 from hf_deformvos.training.ema import WeightAverage
 from hf_deformvos.training.optimization import learning_rate_factor, parameter_groups
+from hf_deformvos.training.streams import SideStreams
 
 
 STAGE = {"until": 1.0, "size": [33, 49], "frames": 2, "batch": 2}
@@ -109,6 +111,15 @@ class Interrupted:
     def __call__(self, index, spec):
         if index == self.at:
             raise KeyboardInterrupt
+        return self.sampler(index, spec)
+
+
+class ToldToEnd(Interrupted):
+    """A sampler during whose batch number `at` the process is asked to end."""
+
+    def __call__(self, index, spec):
+        if index == self.at:
+            signal.raise_signal(signal.SIGTERM)
         return self.sampler(index, spec)
 
 
@@ -217,6 +228,49 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
             tmp_path / run / "checkpoint-6" / "training" / f"{part}.safetensors" for run in ("run", "whole")
         )
         assert sha256(ours) == sha256(theirs)
+
+
+def test_a_run_that_is_asked_to_end_keeps_what_it_did(tmp_path):
+    make_trainer(tmp_path, output_dir=str(tmp_path / "whole")).train()
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        make_trainer(tmp_path, ToldToEnd(sampler_of(tmp_path), 2)).train()
+    assert ended.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
+    assert list_checkpoints(tmp_path / "run")[-1].name == "checkpoint-3", "the step was finished and kept"
+    make_trainer(tmp_path, resume_from_checkpoint="latest").train()
+    assert sha256(tmp_path / "run" / "model.safetensors") == sha256(tmp_path / "whole" / "model.safetensors")
+
+
+def test_batches_made_ahead_of_the_step_are_the_same(tmp_path):
+    make_trainer(tmp_path, output_dir=str(tmp_path / "whole")).train()
+    trainer = make_trainer(tmp_path, data_workers=2)
+    threads = set()
+
+    def ahead(make):
+        threads.add(threading.current_thread())
+        made = make()
+        return lambda: made
+
+    trainer._streams = SimpleNamespace(ahead=ahead)
+    trainer.train()
+    assert threads and threading.main_thread() not in threads
+    assert sha256(tmp_path / "run" / "model.safetensors") == sha256(tmp_path / "whole" / "model.safetensors")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_side_streams_hand_over_what_was_made(tmp_path):
+    device = torch.device("cuda")
+    raw = sampler_of(tmp_path)(0, settings(tmp_path).clip_spec(settings(tmp_path)._stages[0]))
+
+    def make(where):
+        generator = torch.Generator().manual_seed(0)
+        return augment_clips(raw, AugmentConfig(), generator, where), generator
+
+    clips, _ = SideStreams(device).ahead(lambda: make(device))()
+    expected, _ = make("cpu")
+    assert clips.pixel_values.device.type == "cuda"
+    assert (clips.id_masks.cpu() == expected.id_masks).float().mean() > 0.99
+    assert (clips.pixel_values.cpu() - expected.pixel_values).abs().mean() < 0.02
 
 
 def test_half_written_checkpoints_are_never_resumed(tmp_path):

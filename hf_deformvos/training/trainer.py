@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,13 +25,14 @@ from ..data.clips import ClipSampler, Prefetcher
 from ..data.transforms import augment_clips
 from ..publishing.hub import Target
 from .checkpoint import STATE_FILE, find_checkpoint, list_checkpoints, write_checkpoint
-from .config import Stage, TrainingConfig
+from .config import TrainingConfig
 from .ema import WeightAverage
 from .lineage import lineage, total_clips
 from .losses import bootstrap_share
 from .optimization import FreezeSchedule, learning_rate_factor, parameter_groups
 from .runlog import RunLog
 from .stopwatch import Stopwatch
+from .streams import DrawnBatch, SideStreams
 from .task import SegmentationTask, StepPlan
 
 
@@ -44,6 +47,24 @@ def step_generator(seed: int, index: int) -> torch.Generator:
     """The generator of batch number `index`: nothing random in a step depends on the steps before it."""
     digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+@contextmanager
+def _stop_request(num_processes: int) -> Iterator[threading.Event]:
+    """
+    An event that SIGTERM sets, as whoever lends a machine sends it before it takes it back.
+
+    Of several processes each would hear it at a step of its own, and wait for the others for ever; they end at once.
+    """
+    stop = threading.Event()
+    if num_processes > 1 or threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Trainer:
@@ -101,7 +122,9 @@ class Trainer:
             student.to(memory_format=torch.channels_last)
         groups = parameter_groups(student, config)
         self._freeze = FreezeSchedule(student, config.freeze, config.freeze_until)
-        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
+        on_gpu = self.accelerator.device.type == "cuda"
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=on_gpu)
+        self._streams = SideStreams(self.accelerator.device) if on_gpu and config.data_workers else None
         self.student = student
         self.average = WeightAverage(student, config.ema_decay)
         task.student, self.optimizer = self.accelerator.prepare(student, optimizer)
@@ -147,6 +170,8 @@ class Trainer:
         """
         Runs until the steps or minutes are used up, then saves the averaged weights and `all_results.json`.
 
+        A single process that is told to end (SIGTERM) writes a checkpoint first, and raises `SystemExit`.
+
         Returns:
             `dict`: the results.
 
@@ -177,26 +202,46 @@ class Trainer:
             workers=config.data_workers,
         )
         self.task.train()
-        self._clock = time.perf_counter()
         try:
-            progress = self._shared_progress()
-            while progress < 1.0:
-                record = self._train_step(prefetcher, progress)
-                progress = self._shared_progress()
-                self._record(record, progress)
-                if config.eval_steps and self.step % config.eval_steps == 0:
-                    self._run_evaluation()
-                if config.checkpointing_steps and self.step % config.checkpointing_steps == 0:
-                    self.save_checkpoint()
+            with _stop_request(world) as stop:
+                self._loop(prefetcher, stop)
         finally:
             prefetcher.close()
         return self._finish()
 
-    def _draw(self, index: int):
-        """Raw batch number `index` and its stage; runs in a worker thread, ahead of the step."""
+    def _loop(self, prefetcher: Prefetcher, stop: threading.Event) -> None:
+        """Steps, with what is due after each, until the run is over or shall stop."""
+        config = self.config
+        self._clock = time.perf_counter()
+        progress = self._shared_progress()
+        while progress < 1.0:
+            if stop.is_set():
+                self.save_checkpoint()
+                raise SystemExit(128 + signal.SIGTERM)
+            record = self._train_step(prefetcher, progress)
+            progress = self._shared_progress()
+            self._record(record, progress)
+            if config.eval_steps and self.step % config.eval_steps == 0:
+                self._run_evaluation()
+            if config.checkpointing_steps and self.step % config.checkpointing_steps == 0:
+                self.save_checkpoint()
+
+    def _draw(self, index: int) -> Callable[[], DrawnBatch]:
+        """
+        Batch number `index`, and the generator of the rest of the step's draws; runs in a worker thread, ahead of the
+        step. On a GPU the batch is augmented here, on a stream of its own; on a CPU, which has no threads to spare,
+        when it is called for.
+        """
         step = index // (self.config.gradient_accumulation_steps * self.accelerator.num_processes)
         stage = self.config.stage_at(self.progress_at(step, self.elapsed))
-        return index, stage, self.sampler(index, self.config.clip_spec(stage))
+        raw = self.sampler(index, self.config.clip_spec(stage))
+
+        def augment() -> DrawnBatch:
+            generator = step_generator(self.config.seed, index)
+            clips = augment_clips(raw, self.config.augmentation(stage), generator, self.accelerator.device)
+            return clips, generator
+
+        return augment if self._streams is None else self._streams.ahead(augment)
 
     def _train_step(self, prefetcher: Prefetcher, progress: float) -> dict[str, float]:
         """One optimizer step; returns losses and where the time went, in seconds."""
@@ -215,9 +260,9 @@ class Trainer:
         for part in range(config.gradient_accumulation_steps):
             last = part == config.gradient_accumulation_steps - 1
             started = time.perf_counter()
-            index, stage, raw = prefetcher.get()
+            drawn = prefetcher.get()
             arrived = time.perf_counter()
-            batch, generator = self._augment(index, stage, raw)
+            batch, generator = drawn()
             times["wait"] += arrived - started
             times["augment"] += time.perf_counter() - arrived
             # Anything in the student that draws from the global generators is tied to the batch number, too.
@@ -230,7 +275,7 @@ class Trainer:
                     accelerator.backward(losses["loss"] / config.gradient_accumulation_steps)
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0) + value.detach().float() / config.gradient_accumulation_steps
-            clips += len(raw.masks) * accelerator.num_processes
+            clips += len(batch.id_masks) * accelerator.num_processes
         norm = accelerator.clip_grad_norm_(self.task.student.parameters(), config.max_grad_norm)
         self._apply(norm)
         self.clips += clips
@@ -246,11 +291,6 @@ class Trainer:
             "time": spent,
             **times,
         }
-
-    def _augment(self, index: int, stage: Stage, raw):
-        """Augments on the device; returns the batch and the generator for the rest of the step's draws."""
-        generator = step_generator(self.config.seed, index)
-        return augment_clips(raw, self.config.augmentation(stage), generator, self.accelerator.device), generator
 
     def _apply(self, norm: torch.Tensor) -> None:
         """Updates weights and their average; a step whose gradient is not finite is skipped and counted."""

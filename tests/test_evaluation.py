@@ -2,12 +2,18 @@
 
 import argparse
 import json
+import os
+import signal
+import subprocess
+import sys
 import zipfile
+from time import monotonic, sleep
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 from hf_deformvos.cli import evaluate as evaluate_command
@@ -788,3 +794,54 @@ def test_sequences_may_be_separated_by_commas(tmp_path, command, capsys):
     words = ["--predictions", root / "Annotations", "--dataset", "davis2017", "--root", root]
     assert command("score", *words, "--sequences", "eel,cat") == 0
     assert "all 2 sequences" in capsys.readouterr().out
+
+
+# --- Processes -------------------------------------------------------------------------------------------------------
+
+
+def is_running(pid):
+    """Whether a process is there and no zombie, as a killed one is until somebody asks for its code."""
+    try:
+        state = open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state not in "ZX"
+
+
+def wait_for(condition, seconds=60):
+    """Whether something becomes true in time."""
+    deadline = monotonic() + seconds
+    while not condition() and monotonic() < deadline:
+        sleep(0.1)
+    return condition()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_workers_end_when_the_process_that_started_them_is_killed(tmp_path):
+    (tmp_path / "slow_task.py").write_text(
+        "import os, pathlib, time\n"
+        "def work(number):\n"
+        f"    pathlib.Path({str(tmp_path)!r}, f'pid-{{number}}').write_text(str(os.getpid()))\n"
+        "    time.sleep(300)\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import slow_task\n"
+        "from hf_deformvos.evaluation.scoring import map_in_processes\n"
+        "if __name__ == '__main__':\n"
+        "    list(map_in_processes(slow_task.work, [(0,), (1,)], 2))\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    process = subprocess.Popen([sys.executable, str(script)], env={**os.environ, "PYTHONPATH": path})
+    notes = [tmp_path / f"pid-{number}" for number in range(2)]
+    try:
+        assert wait_for(lambda: all(note.is_file() and note.read_text() for note in notes))
+        workers = [int(note.read_text()) for note in notes]
+        assert all(map(is_running, workers))
+    finally:
+        process.kill()
+        process.wait()
+    ended = wait_for(lambda: not any(map(is_running, workers)), seconds=20)
+    for pid in filter(is_running, workers):
+        os.kill(pid, signal.SIGKILL)
+    assert ended

@@ -1,10 +1,11 @@
 """Scores of masks against ground truth: frame by frame beside a runner, or whole folders that any tool wrote."""
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -297,13 +298,26 @@ def map_in_processes(
             yield function(*task)
         return
     # Spawned, not forked: a forked process inherits the locks of torch's thread pool.
-    with ProcessPoolExecutor(num_workers, get_context("spawn"), initializer, initargs) as pool:
+    with ProcessPoolExecutor(num_workers, get_context("spawn"), _start_worker, (initializer, initargs)) as pool:
         futures = [pool.submit(function, *task) for task in tasks]
         try:
             for future in futures:
                 yield future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start_worker(initializer: Callable | None, initargs: tuple) -> None:
+    """What a worker process does first: it sees to it that it ends when the process that started it is killed."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if initializer is not None:
+        initializer(*initargs)
+
+
+def _end_with_parent() -> None:
+    """Waits for the parent's end; without it a worker goes on to the end of its task, for minutes on both cores."""
+    parent_process().join()
+    os._exit(1)
 
 
 def _first_few(items: list[str]) -> str:

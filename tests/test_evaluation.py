@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 from time import monotonic, sleep
 from types import SimpleNamespace
 
@@ -802,7 +803,7 @@ def test_sequences_may_be_separated_by_commas(tmp_path, command, capsys):
 def is_running(pid):
     """Whether a process is there and no zombie, as a killed one is until somebody asks for its code."""
     try:
-        state = open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0]
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
     except FileNotFoundError:
         return False
     return state not in "ZX"

@@ -47,6 +47,8 @@ _FORMATS = (
 _JPEG_QUALITY = 95
 # Seconds after which a workspace that nobody uses makes room for somebody else.
 _IDLE_WHEN_FULL = 300.0
+# Seconds after a page was closed in which what it had asked for may still arrive, and is no sign of life.
+_STRAGGLING = 10.0
 # Free space is looked at once in so many frames.
 _DISK_INTERVAL = 50
 _FALLBACK_FPS = 25.0
@@ -795,6 +797,8 @@ class Workspaces:
         self._root = Path(tempfile.mkdtemp(prefix="deformvos-demo-") if root is None else root)
         self._is_own_root = root is None
         self._open: dict[str, Workspace] = {}
+        # When sessions left, for as long as requests of theirs may be on the way.
+        self._left_at: dict[str, float] = {}
         # When workspaces were closed, and their loose files.
         self._left_over: list[tuple[float, dict[Path, int | None]]] = []
         self._lock = threading.Lock()
@@ -820,16 +824,17 @@ class Workspaces:
                 if len(self._open) >= self.limits.max_workspaces and key not in self._open:
                     raise DemoError("Many people are using this page just now. Try again in some minutes.")
                 workspace = self._open[key] = Workspace(self._root, self.limits)
-            workspace.has_left = False
+            workspace.has_left = key in self._left_at and time.monotonic() - self._left_at[key] < _STRAGGLING
             workspace.touch()
             return workspace
 
     def leave(self, key: str):
         """
         A session's page was closed, or its connection broke: nobody can tell which. Its workspace is closed after
-        `left_seconds`, unless the session is seen again or a run goes on.
+        `left_seconds`, unless the session is seen again, later than what was still on the way, or a run goes on.
         """
         with self._lock:
+            self._left_at[key] = time.monotonic()
             workspace = self._open.get(key)
         if workspace is not None:
             workspace.has_left = True
@@ -859,6 +864,7 @@ class Workspaces:
         self._close(gone)
         with self._lock:
             kept, last = list(self._open.values()), now - limits.left_seconds
+            self._left_at = {key: when for key, when in self._left_at.items() if now - when < _STRAGGLING}
             old = [files for when, files in self._left_over if when < last]
             self._left_over = [(when, files) for when, files in self._left_over if when >= last]
         for files in old:

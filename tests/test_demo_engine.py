@@ -941,7 +941,20 @@ def test_the_registry(tmp_path):
     assert not any(path.exists() for path in (busy.folder, idle.folder))
 
 
-def test_a_page_that_comes_back_soon_finds_its_video(tmp_path):
+def test_what_was_still_on_the_way_is_no_sign_of_life(tmp_path):
+    spaces = Workspaces(tmp_path, Limits(min_free_disk=1))
+    spaces.get("a")
+    for key in "ab":  # the second has no workspace yet
+        spaces.leave(key)
+        late = spaces.get(key)
+        late.last_used -= 1000
+        spaces.sweep()
+        assert late.is_closed and not late.folder.exists()
+    spaces.close_all()
+
+
+def test_a_page_that_comes_back_soon_finds_its_video(tmp_path, monkeypatch):
+    monkeypatch.setattr(ws, "_STRAGGLING", 0.0)
     spaces = Workspaces(tmp_path, Limits(max_workspaces=2, min_free_disk=1))
     space = spaces.get("a")
     spaces.leave("a")

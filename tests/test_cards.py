@@ -241,10 +241,34 @@ def test_the_card_tells_the_lineage(student):
     text = cards.render_card(student, {}, REPO)
     data = ModelCard(text).data.to_dict()
     assert data["base_model"] == "somebody/first" and "knowledge-distillation" in data["tags"]
-    assert "| 2 | the teacher's masks, distilled from deformvos-teacher |" in text and "is not distilled" not in text
-    assert "43,472 clips in 200 minutes" in text
+    assert "| the teacher's masks, distilled from deformvos-teacher |" in text and "is not distilled" not in text
+    assert f"{2 * facts['clips']:,} clips in " in text
     # Data whose terms nobody recorded make the licence unknown.
     assert "| my-own | - | not recorded |" in text and data["license"] == "other" and data["license_name"]
+
+
+@pytest.mark.weights
+def test_the_card_tells_of_learned_features(student):
+    facts = json.loads((student / "training.json").read_text())
+    features = {
+        "name": "backbone",
+        "steps": 10,
+        "clips": 0,
+        "images": 12345,
+        "minutes": 3.0,
+        "data": ["ecssd"],
+        "settings": {
+            "supervision": "features",
+            "stages": [{"until": 1.0, "size": [257, 449], "frames": 1, "batch": 8}],
+            "learning_rate": 3e-4,
+        },
+        "teacher": {"name": "deformvos-teacher"},
+    }
+    (student / "training.json").write_text(json.dumps({**facts, "initialised_from": features}))
+    text = cards.render_card(student, {}, REPO)
+    learned = "| 1 | features of a ViT, distilled from deformvos-teacher | 10 | 12,345 images | 3 |"
+    assert f"{learned} 257x449, 1 frame, 8 a step |" in text and "the ViT of deformvos-teacher" in text
+    assert f"{facts['clips']:,} clips" in text
 
 
 @pytest.mark.weights

@@ -35,7 +35,12 @@ _PICTURES = ("picture.jpg", "picture.png")
 _OPTION = re.compile(r"(--[\w-]+(?==)|.*)(?:=(.*))?", re.DOTALL)
 _PRIVATE_OPTIONS = ("--json", "--save-masks")  # files that a run wrote, by their places
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_SOURCES = {"labels": "labels", "pseudo": "the teacher's masks", "both": "labels and the teacher's masks"}
+_SOURCES = {
+    "labels": "labels",
+    "pseudo": "the teacher's masks",
+    "both": "labels and the teacher's masks",
+    "features": "features of a ViT",
+}
 _PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}
 # Sequences of DAVIS-2016 train for choices; hf_deformvos.data has them as HELD_OUT_SEQUENCES.
 _HELD_OUT = "bmx-bumps, dog-agility, flamingo, kite-walk, scooter-gray, swing"
@@ -134,6 +139,7 @@ def _context(facts: dict, config: dict, provenance: dict, folder: Path, records:
     name = repo_id.split("/")[-1] if repo_id else folder.resolve().name
     metadata = _metadata(facts, provenance, data, records, name)
     own = facts["settings"]
+    has_features = any(run["settings"].get("supervision") == "features" for run in runs)
     return {
         "metadata": metadata.to_yaml(line_break="\n").strip(),
         "title": f"DeformVOS {backbone['kind']}" if backbone else name,
@@ -156,6 +162,7 @@ def _context(facts: dict, config: dict, provenance: dict, folder: Path, records:
         "saw_held_out": any(run["settings"].get("train_on_held_out", False) for run in runs),
         "small_data": bool(data) and set(data) <= set(provenance["data"]),
         "backbone": backbone.get("text", "The record of the training does not say what the backbone started from."),
+        "features": provenance["features"] if has_features else None,
         "license": metadata.license,
         "distilled": any("teacher" in run for run in runs),
     }
@@ -278,16 +285,22 @@ def _runs_table(runs: list[dict]) -> str:
     for number, run in enumerate(runs, start=1):
         settings = run["settings"]
         clips = "; ".join(
-            "{}x{}, {} frames, {} a step".format(*stage["size"], stage["frames"], stage["batch"])
+            "{}x{}, {}, {} a step".format(*stage["size"], _counted(stage["frames"], "frame"), stage["batch"])
             for stage in _stages(settings)
         )
         teacher = run.get("teacher", {}).get("name")
         learned = _SOURCES[settings["supervision"]] + (f", distilled from {teacher}" if teacher else "")
-        numbers = f"{run['steps']:,} | {run['clips']:,} | {run['minutes']:.0f}"
+        # What learned features saw single images.
+        seen = f"{run['images']:,} images" if "images" in run else f"{run['clips']:,}"
+        numbers = f"{run['steps']:,} | {seen} | {run['minutes']:.0f}"
         rows.append(
             f"| {number} | {learned} | {numbers} | {clips or 'not recorded'} | {settings['learning_rate']:g} |"
         )
     return "\n".join(rows)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _data_table(data: list[str], provenance: dict) -> str:

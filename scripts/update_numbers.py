@@ -9,10 +9,10 @@ A text (README.md, docs/**/*.md, hub_cards/*/README.md) takes a figure between t
 `<!-- numbers:NAME:begin -->` and `<!-- numbers:NAME:end -->`. NAME is a record, that is a file of docs/numbers without
 `.json`, which gives a table of its means; `RECORD.sequences`, a table of its sequences; or `RECORD.FIELD`, one value
 inside a sentence. A record that scripts/measure_budget.py wrote gives a table of its cases. The records of evidence
-(docs/EVIDENCE.md) give `ablation.GROUP`, `ablation.pairs`, `objects`, `memory`, `gradients`, and `figures.NAME`, a
-picture. Records of `deformvos benchmark --json docs/numbers/benchmark-NAME.json` give `benchmark-NAME`,
-`benchmark-NAME.stages`, `benchmark-NAME.memory`, `benchmark-NAME.peers` and `benchmark-NAME.start`; `benchmark` in
-place of the name is all of them in one table.
+(docs/EVIDENCE.md) give `ablation.GROUP`, `ablation.pairs`, `objects`, `memory`, `gradients`, `features`, and
+`figures.NAME`, a picture. Records of `deformvos benchmark --json docs/numbers/benchmark-NAME.json` give
+`benchmark-NAME`, `benchmark-NAME.stages`, `benchmark-NAME.memory`, `benchmark-NAME.peers` and `benchmark-NAME.start`;
+`benchmark` in place of the name is all of them in one table.
 
 The file is not called numbers.py: beside it, NumPy would import it in place of the standard library's module.
 """
@@ -56,6 +56,7 @@ COMMANDS = {
     "objects": "python scripts/measure_objects.py",
     "memory": "python scripts/measure_memory.py",
     "gradients": "python scripts/measure_gradients.py",
+    "features": "python scripts/measure_features.py",
     "figures": "python scripts/make_figures.py",
     "benchmark": "deformvos benchmark --json docs/numbers/benchmark-NAME.json",
 }
@@ -205,6 +206,17 @@ def render_gradients(record: dict) -> str:
     return f"{table(titles, rows)}\n\n{origin}"
 
 
+def render_features(record: dict) -> str:
+    """A Markdown table of models, with J by what is compared."""
+    rows = [
+        [label, *(f"{100 * entry[part]['J']:.1f}" for part in ("backbone", "tokens")), f"`{entry['sha256'][:12]}…`"]
+        for label, entry in record["models"].items()
+    ]
+    sequences = ", ".join(next(iter(record["models"].values()))["tokens"]["sequences"])
+    origin = f"`{record['command']}`: mean J over {sequences}."
+    return f"{table(['model', 'backbone', 'tokens', 'weights'], rows)}\n\n{origin}"
+
+
 def render_memory(record: dict) -> str:
     """A Markdown table of cases, a model after the other."""
     rows, frames = [], 0
@@ -248,7 +260,13 @@ def render_evidence(record: dict, view: str, path: Path | None, root: Path) -> s
         return render_figure(record, view, path, root)
     if kind == "ablation":
         return render_ablation(record, view)
-    return {"objects": render_objects, "memory": render_memory, "gradients": render_gradients}[kind](record)
+    renderers = {
+        "objects": render_objects,
+        "memory": render_memory,
+        "gradients": render_gradients,
+        "features": render_features,
+    }
+    return renderers[kind](record)
 
 
 def render_benchmarks(name: str, view: str, records: dict[str, dict]) -> str:

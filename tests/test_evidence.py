@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import ablate
 import evidence
 import make_figures
+import measure_features
 import measure_gradients
 import measure_memory
 import measure_objects
@@ -538,3 +539,37 @@ def test_attention_is_spread_where_it_is_read(davis, tiny_folder, tmp_path):
     true = sequence.read_ids(sequence.annotations["00002"])
     row, column = make_figures.inner_token(true, followed.grid)
     assert true[row * 95 // (height - 1), column * 159 // (width - 1)] == 1
+
+
+# ---- features -------------------------------------------------------------------------------------------------------
+
+
+def test_masks_go_where_what_looks_alike_goes():
+    # Every patch has a look of its own, and the picture moves by two patches a frame.
+    looks = torch.eye(12 * 20).view(-1, 12, 20)
+    mask = torch.zeros(12, 20)
+    mask[4:8, 2:6] = 1
+    frames = [looks.roll(2 * t, dims=2) for t in range(4)]
+    moved = measure_features.propagate(frames, mask)
+    # One neighbour in seven is alike, at a cosine of 1 to 0: the others hardly count.
+    for t, soft in enumerate(moved, start=1):
+        assert torch.equal(soft > 0.5, mask.roll(2 * t, dims=1) > 0.5)
+
+
+def test_features_are_scored_and_shown(davis, tiny_folder, tmp_path, one_thread):
+    path = tmp_path / "features.json"
+    arguments = ["--davis", str(davis), "--json", str(path)]
+    assert measure_features.main([*arguments, "--models", f"tiny={tiny_folder}"]) == 0
+    entry = json.loads(path.read_text())["models"]["tiny"]
+    for part in ("backbone", "tokens"):
+        # Rectangles on a plain ground are followed even by an untrained backbone.
+        assert set(entry[part]["sequences"]) == {"flamingo", "swing"}
+        assert entry[part]["J"] == pytest.approx(np.mean(list(entry[part]["sequences"].values())), abs=1e-4)
+        assert entry[part]["J"] > 0.3
+    shown = update_numbers.render_evidence(json.loads(path.read_text()), "", None, tmp_path)
+    assert f"| tiny | {100 * entry['backbone']['J']:.1f} | {100 * entry['tokens']['J']:.1f} |" in shown
+    with pytest.raises(evidence.EvidenceError, match="LABEL=DIR"):
+        measure_features.main([*arguments, "--models", str(tiny_folder)])
+    empty = write_davis(tmp_path / "davis", frames=2)
+    with pytest.raises(evidence.EvidenceError, match="held-out"):
+        measure_features.main(["--davis", str(empty), "--json", str(path), "--models", f"tiny={tiny_folder}"])

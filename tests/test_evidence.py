@@ -562,10 +562,10 @@ def test_features_are_scored_and_shown(davis, tiny_folder, tmp_path, one_thread)
     assert measure_features.main([*arguments, "--models", f"tiny={tiny_folder}"]) == 0
     entry = json.loads(path.read_text())["models"]["tiny"]
     for part in ("backbone", "tokens"):
-        # Rectangles on a plain ground are followed even by an untrained backbone.
         assert set(entry[part]["sequences"]) == {"flamingo", "swing"}
         assert entry[part]["J"] == pytest.approx(np.mean(list(entry[part]["sequences"].values())), abs=1e-4)
-        assert entry[part]["J"] > 0.3
+    # Even an untrained backbone tells rectangles from a plain ground; a random projection of it need not.
+    assert entry["backbone"]["J"] > 0.3
     shown = update_numbers.render_evidence(json.loads(path.read_text()), "", None, tmp_path)
     assert f"| tiny | {100 * entry['backbone']['J']:.1f} | {100 * entry['tokens']['J']:.1f} |" in shown
     with pytest.raises(evidence.EvidenceError, match="LABEL=DIR"):

@@ -6,12 +6,13 @@ to start more than one, whereas `--multi_gpu` is its name for torchrun, and does
 """
 
 import hashlib
+import itertools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from types import SimpleNamespace
 
@@ -29,12 +30,13 @@ from accelerate.state import AcceleratorState, GradientState
 
 import train_distill
 from hf_deformvos import DeformVosConfig, DeformVosModel
-from hf_deformvos.data import AugmentConfig, ClipSampler, RawBatch, augment_clips, load_static_sets
+from hf_deformvos.data import ClipSampler, RawBatch, load_static_sets
+from hf_deformvos.data.transforms import AugmentConfig, ClipBatch
 from hf_deformvos.training import SegmentationTask, Trainer, TrainingConfig
+from hf_deformvos.training.batches import WorkerProcesses
 from hf_deformvos.training.checkpoint import STATE_FILE, find_checkpoint, list_checkpoints, write_checkpoint
 from hf_deformvos.training.ema import WeightAverage
 from hf_deformvos.training.optimization import learning_rate_factor, parameter_groups
-from hf_deformvos.training.streams import SideStreams
 
 
 STAGE = {"until": 1.0, "size": [33, 49], "frames": 2, "batch": 2}
@@ -241,36 +243,41 @@ def test_a_run_that_is_asked_to_end_keeps_what_it_did(tmp_path):
     assert sha256(tmp_path / "run" / "model.safetensors") == sha256(tmp_path / "whole" / "model.safetensors")
 
 
-def test_batches_made_ahead_of_the_step_are_the_same(tmp_path):
+def test_batches_of_worker_processes_are_the_same(tmp_path):
     make_trainer(tmp_path, output_dir=str(tmp_path / "whole")).train()
     trainer = make_trainer(tmp_path, data_workers=2)
-    threads = set()
-
-    def ahead(make):
-        threads.add(threading.current_thread())
-        made = make()
-        return lambda: made
-
-    trainer._streams = SimpleNamespace(ahead=ahead)
+    trainer._on_gpu = True  # what it decides: who makes the batches
     trainer.train()
-    assert threads and threading.main_thread() not in threads
     assert sha256(tmp_path / "run" / "model.safetensors") == sha256(tmp_path / "whole" / "model.safetensors")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_side_streams_hand_over_what_was_made(tmp_path):
-    device = torch.device("cuda")
-    raw = sampler_of(tmp_path)(0, settings(tmp_path).clip_spec(settings(tmp_path)._stages[0]))
+def test_worker_processes_keep_order_and_hand_over_errors():
+    asked = []
 
-    def make(where):
-        generator = torch.Generator().manual_seed(0)
-        return augment_clips(raw, AugmentConfig(), generator, where), generator
+    def make(number):
+        if number == 7:
+            raise ValueError("clip seven is broken")
+        clips = ClipBatch(*(torch.full((1,), number) for _ in range(3)))
+        return clips, torch.Generator().manual_seed(number)
 
-    clips, _ = SideStreams(device).ahead(lambda: make(device))()
-    expected, _ = make("cpu")
-    assert clips.pixel_values.device.type == "cuda"
-    assert (clips.id_masks.cpu() == expected.id_masks).float().mean() > 0.99
-    assert (clips.pixel_values.cpu() - expected.pixel_values).abs().mean() < 0.02
+    def keys():
+        for number in itertools.count(4):
+            asked.append(number)
+            yield (number,)
+
+    workers = WorkerProcesses(make, keys(), 2, torch.device("cpu"))
+    for number in (4, 5, 6):
+        clips, generator = workers.get()()
+        assert int(clips.id_masks) == number and generator.initial_seed() is not None
+        expected = torch.rand((), generator=torch.Generator().manual_seed(number))
+        assert torch.rand((), generator=generator) == expected
+        assert max(asked) <= number + 2, "a later stage's batches are not drawn long before it"
+    groups = [os.getpgid(process.pid) for process in multiprocessing.active_children()]
+    assert len(groups) == 2 and os.getpgid(0) not in groups, "asked to end as a group, the run outlives the request"
+    workers.close()
+    assert not multiprocessing.active_children()
+    with pytest.raises(ValueError, match="clip seven is broken"):
+        WorkerProcesses(make, [(7,)], 1, torch.device("cpu")).get()
 
 
 def test_half_written_checkpoints_are_never_resumed(tmp_path):

@@ -245,7 +245,11 @@ class TrainingConfig:
     static_short_side: int = _help(288, "Largest short side of decoded still images, in pixels.")
     cache_dir: str | None = _help(None, "Where decoded data are kept; default $DEFORMVOS_CACHE or ~/.cache/deformvos.")
     on_data_error: str = _help("skip", "What to do with unreadable files: skip (and report) or raise.")
-    data_workers: int = _help(1, "Threads that prepare coming batches; 0 prepares them in the training loop.")
+    data_workers: int = _help(
+        1,
+        "Threads that cut coming clips, or processes that augment them as well where a GPU trains; 0 does it in the "
+        "training loop.",
+    )
 
     stages: str | None = _help(None, "Curriculum: a JSON list of stages, or a path to one; default three stages.")
     video_share: float = _help(0.5, "Share of clips that are cut from videos; the others are warped still images.")

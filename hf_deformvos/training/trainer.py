@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import signal
@@ -21,18 +22,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import logging
 
-from ..data.clips import ClipSampler, Prefetcher
+from ..data.clips import ClipSampler, Prefetcher, RawBatch
 from ..data.transforms import augment_clips
 from ..publishing.hub import Target
+from .batches import DrawnBatch, WorkerProcesses
 from .checkpoint import STATE_FILE, find_checkpoint, list_checkpoints, write_checkpoint
-from .config import TrainingConfig
+from .config import Stage, TrainingConfig
 from .ema import WeightAverage
 from .lineage import lineage, total_clips
 from .losses import bootstrap_share
 from .optimization import FreezeSchedule, learning_rate_factor, parameter_groups
 from .runlog import RunLog
 from .stopwatch import Stopwatch
-from .streams import DrawnBatch, SideStreams
 from .task import SegmentationTask, StepPlan
 
 
@@ -122,9 +123,8 @@ class Trainer:
             student.to(memory_format=torch.channels_last)
         groups = parameter_groups(student, config)
         self._freeze = FreezeSchedule(student, config.freeze, config.freeze_until)
-        on_gpu = self.accelerator.device.type == "cuda"
-        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=on_gpu)
-        self._streams = SideStreams(self.accelerator.device) if on_gpu and config.data_workers else None
+        self._on_gpu = self.accelerator.device.type == "cuda"
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=self._on_gpu)
         self.student = student
         self.average = WeightAverage(student, config.ema_decay)
         task.student, self.optimizer = self.accelerator.prepare(student, optimizer)
@@ -194,22 +194,16 @@ class Trainer:
         # Before a first step of a quick process can write a checkpoint that a slow one would take for another run's.
         self.accelerator.wait_for_everyone()
         self.log.start(self.step, config.to_dict())
-        world = self.accelerator.num_processes
-        prefetcher = Prefetcher(
-            self._draw,
-            first=self.step * config.gradient_accumulation_steps * world + self.accelerator.process_index,
-            stride=world,
-            workers=config.data_workers,
-        )
+        batches = self._batches()
         self.task.train()
         try:
-            with _stop_request(world) as stop:
-                self._loop(prefetcher, stop)
+            with _stop_request(self.accelerator.num_processes) as stop:
+                self._loop(batches, stop)
         finally:
-            prefetcher.close()
+            batches.close()
         return self._finish()
 
-    def _loop(self, prefetcher: Prefetcher, stop: threading.Event) -> None:
+    def _loop(self, batches: Prefetcher | WorkerProcesses, stop: threading.Event) -> None:
         """Steps, with what is due after each, until the run is over or shall stop."""
         config = self.config
         self._clock = time.perf_counter()
@@ -218,7 +212,7 @@ class Trainer:
             if stop.is_set():
                 self.save_checkpoint()
                 raise SystemExit(128 + signal.SIGTERM)
-            record = self._train_step(prefetcher, progress)
+            record = self._train_step(batches, progress)
             progress = self._shared_progress()
             self._record(record, progress)
             if config.eval_steps and self.step % config.eval_steps == 0:
@@ -226,24 +220,41 @@ class Trainer:
             if config.checkpointing_steps and self.step % config.checkpointing_steps == 0:
                 self.save_checkpoint()
 
-    def _draw(self, index: int) -> Callable[[], DrawnBatch]:
+    def _batches(self) -> Prefetcher | WorkerProcesses:
         """
-        Batch number `index`, and the generator of the rest of the step's draws; runs in a worker thread, ahead of the
-        step. On a GPU the batch is augmented here, on a stream of its own; on a CPU, which has no threads to spare,
-        when it is called for.
+        Batches from the current step on. On a GPU, processes make them whole, ahead of the step; a CPU has no cores to
+        spare: there a thread draws clips ahead, and they are augmented when they are called for.
         """
+        world = self.accelerator.num_processes
+        first = self.step * self.config.gradient_accumulation_steps * world + self.accelerator.process_index
+        workers = self.config.data_workers
+        if self._on_gpu and workers:
+            keys = ((index, self._stage_of(index)) for index in itertools.count(first, world))
+            return WorkerProcesses(self._make, keys, workers, self.accelerator.device)
+
+        def draw(index: int) -> Callable[[], DrawnBatch]:
+            stage = self._stage_of(index)
+            raw = self.sampler(index, self.config.clip_spec(stage))
+            return lambda: self._augment(raw, index, stage, self.accelerator.device)
+
+        return Prefetcher(draw, first=first, stride=world, workers=workers)
+
+    def _stage_of(self, index: int) -> Stage:
+        """The stage of batch number `index`, which may be drawn ahead."""
         step = index // (self.config.gradient_accumulation_steps * self.accelerator.num_processes)
-        stage = self.config.stage_at(self.progress_at(step, self.elapsed))
+        return self.config.stage_at(self.progress_at(step, self.elapsed))
+
+    def _make(self, index: int, stage: Stage) -> DrawnBatch:
+        """Batch number `index`, in a process that has no device but the CPU."""
         raw = self.sampler(index, self.config.clip_spec(stage))
+        return self._augment(raw, index, stage, torch.device("cpu"))
 
-        def augment() -> DrawnBatch:
-            generator = step_generator(self.config.seed, index)
-            clips = augment_clips(raw, self.config.augmentation(stage), generator, self.accelerator.device)
-            return clips, generator
+    def _augment(self, raw: RawBatch, index: int, stage: Stage, device: torch.device) -> DrawnBatch:
+        """A batch's clips, and the generator of the rest of its step's draws."""
+        generator = step_generator(self.config.seed, index)
+        return augment_clips(raw, self.config.augmentation(stage), generator, device), generator
 
-        return augment if self._streams is None else self._streams.ahead(augment)
-
-    def _train_step(self, prefetcher: Prefetcher, progress: float) -> dict[str, float]:
+    def _train_step(self, batches: Prefetcher | WorkerProcesses, progress: float) -> dict[str, float]:
         """One optimizer step; returns losses and where the time went, in seconds."""
         config, accelerator = self.config, self.accelerator
         factor = learning_rate_factor(progress, self.step, config.warm_up, config.poly_power)
@@ -260,7 +271,7 @@ class Trainer:
         for part in range(config.gradient_accumulation_steps):
             last = part == config.gradient_accumulation_steps - 1
             started = time.perf_counter()
-            drawn = prefetcher.get()
+            drawn = batches.get()
             arrived = time.perf_counter()
             batch, generator = drawn()
             times["wait"] += arrived - started

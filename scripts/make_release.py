@@ -20,13 +20,20 @@ from hf_deformvos.training.lineage import lineage
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def release(run: Path, folder: Path, short_side: int, memory_interval: int | None, data: list[str] | None = None):
+def release(
+    run: Path,
+    folder: Path,
+    short_side: int,
+    memory_interval: int | None,
+    data: list[str] | None = None,
+    blend: float | None = None,
+):
     """Write the folder."""
     results = json.loads((run / "all_results.json").read_text())
     # Before the folder is written: a run may have started from what it held. Older runs do not tell.
     known = "initialised_from" in results or "teacher" in results
     origins = {} if known else lineage(TrainingConfig(**results["config"]))
-    release_run(run, folder, short_side, memory_interval, data, origins)
+    release_run(run, folder, short_side, memory_interval, data, origins, blend)
     records = {path.stem: json.loads(path.read_text()) for path in (ROOT / "docs" / "numbers").glob("*.json")}
     write_card(folder, records)
 
@@ -39,9 +46,12 @@ def main() -> int:
     parser.add_argument("--short-side", type=int, default=480, help="the processor's bound of the short side")
     parser.add_argument("--memory-interval", type=int, help="overrides the configuration's")
     parser.add_argument("--data", nargs="+", metavar="NAME", help="data sets, if not those of the run's folders")
+    parser.add_argument(
+        "--blend", type=float, metavar="SHARE", help="share of the run's weights; the rest is of what it started from"
+    )
     arguments = parser.parse_args()
     try:
-        release(arguments.run, arguments.folder, arguments.short_side, arguments.memory_interval, arguments.data)
+        release(**vars(arguments))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

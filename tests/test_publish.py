@@ -1,5 +1,6 @@
 """Publishing against a Hub on loopback: what is refused, what one commit holds, and how every fault ends."""
 
+import copy
 import json
 import os
 import shutil
@@ -12,10 +13,12 @@ from types import SimpleNamespace
 import hub_server
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from hub_server import is_ref_name
 from huggingface_hub import constants
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
 from synthetic import write_static_set
 
 import train_distill
@@ -570,6 +573,33 @@ def test_a_run_becomes_a_release(tmp_path, tiny_model, tiny_processor):
     assert facts["data"][0] == "davis2016-train" and str(tmp_path) not in json.dumps(facts)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["memory_interval"] == 5
     assert len(collect_release(tmp_path / "out")) == 4
+
+
+def test_a_release_between_a_run_and_what_it_started_from(tmp_path, tiny_model, tiny_processor):
+    run, start = tmp_path / "run", tmp_path / "start"
+    tiny_model.save_pretrained(start)
+    trained = copy.deepcopy(tiny_model)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    trained.save_pretrained(run)
+    tiny_processor.save_pretrained(run)
+    results = {"steps": 1, "clips": 2, "minutes": 0.1, "device": "A GPU", "parameters": 5}
+    (run / "all_results.json").write_text(json.dumps({**results, "config": {**SETTINGS, "student": str(start)}}))
+    facts = release_run(run, tmp_path / "out", blend=0.25)
+    assert (facts["blend"], facts["device"]) == (0.25, "A GPU")
+    first, last, out = (load_file(folder / "model.safetensors") for folder in (start, run, tmp_path / "out"))
+    for name, value in out.items():
+        expected = 0.75 * first[name].double() + 0.25 * last[name].double()
+        torch.testing.assert_close(value.double(), expected, rtol=2e-3, atol=1e-3)  # half precision on disk
+    card = cards.render_card(tmp_path / "out", {})
+    assert "Of the released weights 25% are those of the last run" in card and "| A GPU |" in card
+    for share in (0.0, 1.0):
+        with pytest.raises(ValueError, match=rf"`blend` must be between 0 and 1, .* got {share}"):
+            release_run(run, tmp_path / "out", blend=share)
+    (run / "all_results.json").write_text(json.dumps({**results, "config": {**SETTINGS, "student": "none"}}))
+    with pytest.raises(ValueError, match=r"`blend` needs a run that started from a model's folder .* got 'none'"):
+        release_run(run, tmp_path / "out", blend=0.5)
 
 
 # Spaces

@@ -156,6 +156,7 @@ def _context(facts: dict, config: dict, provenance: dict, folder: Path, records:
         "minutes": f"{sum(run['minutes'] for run in runs):.0f}",
         "precision": _PRECISIONS[own["mixed_precision"]],
         "runs": _runs_table(runs),
+        "blend": f"{facts['blend']:.0%}" if "blend" in facts else None,
         "backbone_rate": f"{own['backbone_lr_scale']:g} times the learning rate for the backbone",
         "data": _data_table(data, provenance),
         "held_out": _HELD_OUT if "davis2016-train" in data else "",
@@ -280,8 +281,8 @@ def _stages(settings: dict) -> list[dict]:
 
 def _runs_table(runs: list[dict]) -> str:
     """A row a run: what it learned from, for how long, and on clips of which sizes."""
-    titles = "| run | learned from | steps | clips | minutes | clips of | learning rate |"
-    rows = [titles, "|---:|---|---:|---:|---:|---|---:|"]
+    titles = "| run | learned from | steps | clips | minutes | on | clips of | learning rate |"
+    rows = [titles, "|---:|---|---:|---:|---:|---|---|---:|"]
     for number, run in enumerate(runs, start=1):
         settings = run["settings"]
         clips = "; ".join(
@@ -292,7 +293,7 @@ def _runs_table(runs: list[dict]) -> str:
         learned = _SOURCES[settings["supervision"]] + (f", distilled from {teacher}" if teacher else "")
         # What learned features saw single images.
         seen = f"{run['images']:,} images" if "images" in run else f"{run['clips']:,}"
-        numbers = f"{run['steps']:,} | {seen} | {run['minutes']:.0f}"
+        numbers = f"{run['steps']:,} | {seen} | {run['minutes']:.0f} | {run.get('device', 'not recorded')}"
         rows.append(
             f"| {number} | {learned} | {numbers} | {clips or 'not recorded'} | {settings['learning_rate']:g} |"
         )

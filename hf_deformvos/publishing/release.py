@@ -32,6 +32,7 @@ def release_run(
     memory_interval: int | None = None,
     data: list[str] | None = None,
     origins: dict | None = None,
+    blend: float | None = None,
 ) -> dict:
     """
     Write a release folder's model files and `training.json`; the card is [`write_card`]'s.
@@ -44,12 +45,14 @@ def release_run(
         memory_interval (`int`, *optional*): overrides the configuration's.
         data (list of `str`, *optional*): names of the data sets, by default those of the folders that the run read.
         origins (`dict`, *optional*): `initialised_from` and `teacher`, for runs whose results do not tell.
+        blend (`float`, *optional*): this share of the weights is the run's, the rest is of those that it started from:
+            what training on few data gained, with less of what it forgot (Wortsman et al., WiSE-FT, arXiv 2109.01903).
 
     Returns:
         `dict`: what `training.json` holds.
 
     Raises:
-        ValueError: if the run has no results, or holds no DeformVOS model.
+        ValueError: if the run has no results, holds no DeformVOS model, or did not start from weights to blend with.
     """
     run, folder = Path(run), Path(folder)
     results = read_json(run / "all_results.json")
@@ -58,6 +61,8 @@ def release_run(
     model = DeformVosModel.from_pretrained(
         run, **({} if memory_interval is None else {"memory_interval": memory_interval})
     )
+    if blend is not None:
+        _blend(model, blend, results["config"]["student"])
     folder.mkdir(parents=True, exist_ok=True)
     model.save_release(folder)
     if short_side is None:
@@ -70,6 +75,8 @@ def release_run(
         "steps": results["steps"],
         "clips": results["clips"],
         "minutes": round(results["minutes"], 1),
+        **({"device": results["device"]} if "device" in results else {}),
+        **({"blend": blend} if blend is not None else {}),
         "parameters": results["parameters"],
         "weights_sha256": sha256_of(folder / "model.safetensors"),
         **({"data": names} if names else {}),
@@ -78,6 +85,18 @@ def release_run(
     }
     (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
     return facts
+
+
+def _blend(model: DeformVosModel, share: float, start: str) -> None:
+    """Moves a model's weights back towards those of the folder `start`."""
+    if not 0 < share < 1:
+        raise ValueError(f"`blend` must be between 0 and 1, the share of the run's own weights, got {share}.")
+    if not (Path(start) / "model.safetensors").is_file():
+        raise ValueError(f"`blend` needs a run that started from a model's folder that is still there, got {start!r}.")
+    before = DeformVosModel.from_pretrained(start, dtype="float32").state_dict()
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            value.lerp_(before[name], 1 - share)
 
 
 def data_names(config: dict) -> list[str]:

@@ -473,6 +473,7 @@ class Trainer:
         results = {
             "steps": self.step,
             "minutes": self.elapsed / 60,
+            "device": torch.cuda.get_device_name(self.accelerator.device) if self._on_gpu else "CPU",
             "clips": self.clips,
             "parameters": sum(parameter.numel() for parameter in self.student.parameters()),
             **{name: value for name, value in last_line.items() if name not in ("step", "elapsed")},

@@ -231,6 +231,10 @@ class DemoPage:
         expect(self.find("#scrubbed img")).to_be_visible()
         expect(self.find("#player video")).to_be_visible()
         expect(self.find("#player video")).not_to_have_attribute("src", self._earlier or "")
+        # Taken away while the browser still fetches it, a video would be refused, which the console notes as an error.
+        self.page.wait_for_function(
+            "document.querySelector('#player video').networkState === HTMLMediaElement.NETWORK_IDLE"
+        )
 
     # 4 Result
 

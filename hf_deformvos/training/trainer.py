@@ -467,13 +467,13 @@ class Trainer:
         """Saves the model and the results."""
         if self.config.eval_steps and self._evaluated_step != self.step:
             self._run_evaluation()
-        origins = self._origins
+        origins, device = self._origins, self.accelerator.device
         # A run that was over when it was resumed has taken no step of its own.
         last_line = self._last_line or next((line for line in reversed(self.log.lines()) if "loss" in line), {})
         results = {
             "steps": self.step,
             "minutes": self.elapsed / 60,
-            "device": torch.cuda.get_device_name(self.accelerator.device) if self._on_gpu else "CPU",
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
             "clips": self.clips,
             "parameters": sum(parameter.numel() for parameter in self.student.parameters()),
             **{name: value for name, value in last_line.items() if name not in ("step", "elapsed")},

@@ -33,6 +33,7 @@ from hf_deformvos.publishing.measurements import sha256_of
 from hf_deformvos.publishing.publish import publish_release
 from hf_deformvos.publishing.release import data_names, release_run
 from hf_deformvos.publishing.space import build_wheel, read_settings, stage_space
+from hf_deformvos.training.lineage import describe_origin
 
 
 SETTINGS = {
@@ -597,6 +598,13 @@ def test_a_release_between_a_run_and_what_it_started_from(tmp_path, tiny_model, 
     for share in (0.0, 1.0):
         with pytest.raises(ValueError, match=rf"`blend` must be between 0 and 1, .* got {share}"):
             release_run(run, tmp_path / "out", blend=share)
+    # A second release into the folder that the run started from would blend with the first one.
+    origin = describe_origin(str(tmp_path / "out"))
+    trained.save_pretrained(tmp_path / "out")
+    config = {**SETTINGS, "student": str(tmp_path / "out")}
+    (run / "all_results.json").write_text(json.dumps({**results, "config": config, "initialised_from": origin}))
+    with pytest.raises(ValueError, match=rf"\(sha256 {facts['weights_sha256'][:12]}\.\.\.\), but .* holds others"):
+        release_run(run, tmp_path / "again", blend=0.5)
     (run / "all_results.json").write_text(json.dumps({**results, "config": {**SETTINGS, "student": "none"}}))
     with pytest.raises(ValueError, match=r"`blend` needs a run that started from a model's folder .* got 'none'"):
         release_run(run, tmp_path / "out", blend=0.5)

@@ -62,7 +62,9 @@ def release_run(
         run, **({} if memory_interval is None else {"memory_interval": memory_interval})
     )
     if blend is not None:
-        _blend(model, blend, results["config"]["student"])
+        start = results["config"]["student"]
+        origin = recorded.get("initialised_from", {})
+        _blend(model, blend, start, origin.get("weights_sha256", origin.get("sha256")))
     folder.mkdir(parents=True, exist_ok=True)
     model.save_release(folder)
     if short_side is None:
@@ -87,12 +89,18 @@ def release_run(
     return facts
 
 
-def _blend(model: DeformVosModel, share: float, start: str) -> None:
-    """Moves a model's weights back towards those of the folder `start`."""
+def _blend(model: DeformVosModel, share: float, start: str, sha256: str | None) -> None:
+    """Moves a model's weights back towards those of the folder `start`, whose file has that checksum, where known."""
     if not 0 < share < 1:
         raise ValueError(f"`blend` must be between 0 and 1, the share of the run's own weights, got {share}.")
     if not (Path(start) / "model.safetensors").is_file():
         raise ValueError(f"`blend` needs a run that started from a model's folder that is still there, got {start!r}.")
+    found = sha256_of(Path(start) / "model.safetensors")
+    if sha256 is not None and found != sha256:
+        raise ValueError(
+            f"`blend` needs the weights that the run started from (sha256 {sha256[:12]}...), but {start!r} "
+            f"holds others by now ({found[:12]}...): put those back."
+        )
     before = DeformVosModel.from_pretrained(start, dtype="float32").state_dict()
     for name, value in model.state_dict().items():
         if value.is_floating_point():

@@ -14,7 +14,7 @@ from .config import PATH_SETTINGS, TrainingConfig
 
 logger = logging.get_logger(__name__)
 
-_FACTS = ("steps", "clips", "images", "minutes", "device", "blend", "supervision", "sha256")
+_FACTS = ("steps", "clips", "images", "minutes", "device", "blend", "supervision", "sha256", "weights_sha256")
 # A curriculum that is a file's name says nothing elsewhere, either; one that is written out does.
 _PRIVATE = {*PATH_SETTINGS, "output_dir", "cache_dir", "resume_from_checkpoint", "hub_model_id"} - {"stages"}
 

@@ -27,7 +27,7 @@ FULL := $(VENV)/.installed-full
 INSTALL = $(BIN)/python -m pip install -c constraints.txt $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env segment demo browser test check style numbers numbers-check clean
+.PHONY: help env segment demo browser graphics test check style numbers numbers-check clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -49,7 +49,7 @@ $(DEMO): $(CORE)
 # vos-benchmark, the oracle of the metric tests, comes without its dependencies: see the test extra in pyproject.toml.
 $(FULL): $(CORE)
 	@echo "Installing what training, evaluation, export, figures and the tests need"
-	$(INSTALL) -e ".[train,eval,demo,export,docs,test]"
+	$(INSTALL) -e ".[train,eval,demo,export,render,docs,test]"
 	$(INSTALL) --no-deps vos-benchmark
 	@touch $@
 
@@ -74,7 +74,16 @@ browser:
 			chromium fonts-dejavu-core >/dev/null; } \
 		|| echo "Chromium could not be installed (apt-get install chromium): tests of the page are skipped"; fi
 
-test: $(FULL) browser  ## make the environment and pass every check: lint, format, tests
+# What scripts/render_videos.py draws with. Where it is missing and cannot be installed, its tests skip and say so.
+graphics:
+	@if ! ldconfig -p 2>/dev/null | grep -q libEGL.so.1 && command -v apt-get >/dev/null 2>&1; then \
+		echo "Installing OpenGL for the CPU, which the tests of rendering draw with"; \
+		sudo=$$([ "$$(id -u)" = 0 ] || echo "sudo -n"); \
+		{ $$sudo apt-get update -qq && $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+			libegl1 libgl1-mesa-dri >/dev/null; } \
+		|| echo "OpenGL could not be installed (apt-get install libegl1 libgl1-mesa-dri): tests of rendering are skipped"; fi
+
+test: $(FULL) browser graphics  ## make the environment and pass every check: lint, format, tests
 	@echo "[1/3] ruff check"
 	@$(BIN)/python -m ruff check .
 	@echo "[2/3] ruff format --check"

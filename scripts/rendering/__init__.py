@@ -1,0 +1,1 @@
+"""Scenes of animated models, drawn without a GPU, for `scripts/render_videos.py`."""

@@ -1,0 +1,238 @@
+"""scripts/render_videos.py: models are read as written, masks say where the things in the pictures are."""
+
+import io
+import struct
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_repository import ROOT, load_script
+
+from hf_deformvos.data import HELD_OUT_SEQUENCES, load_davis
+
+
+IDENTITY = [0, 0, 0, 0, 0, 0, 1]
+FAUNA = """<actor version="1">
+  <group><variant frequency="1"><mesh>block.dae</mesh><props><prop actor="{prop}" attachpoint="head"/></props>
+    <animations><animation file="move.dae" name="Walk"/></animations></variant></group>
+  <group><variant frequency="1" name="a"><textures><texture file="a.png" name="baseTex"/></textures></variant>
+    <variant frequency="1" name="b"><textures><texture file="b.png" name="baseTex"/></textures></variant></group>
+  <group><variant file="unused.xml"/></group>
+  <material>default.xml</material>
+</actor>"""
+PROP = """<qualitylevels><actor quality="low"/><actor><group><variant><mesh>block.dae</mesh>
+  <textures><texture file="a.png" name="baseTex"/></textures></variant></group>
+  <material>basic_trans.xml</material></actor></qualitylevels>"""
+CORNERS = np.array([[x, y, z] for x in (-1, 1) for y in (0, 2) for z in (-2, 2)], np.float32)
+QUADS = [[0, 1, 3, 2], [4, 5, 7, 6], [0, 1, 5, 4], [2, 3, 7, 6], [0, 2, 6, 4], [1, 3, 7, 5]]
+SIDES = [triangle for a, b, c, d in QUADS for triangle in ([a, b, c], [a, c, d])]
+
+
+@pytest.fixture(autouse=True)
+def scripts_on_the_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+
+
+def packed(magic: bytes, version: int, body: bytes) -> bytes:
+    return magic + struct.pack("<II", version, len(body)) + body
+
+
+def pmd(corners: np.ndarray) -> bytes:
+    """A block whose upper half follows a bone, with a point on that bone."""
+    body = struct.pack("<II", len(corners), 1)
+    for x, y, z in corners:
+        bone = 0 if y > 0 else 255
+        body += (
+            struct.pack("<8f", x, y, z, x, y - 1, z, 0.25, 0.25)
+            + bytes([bone] + [255] * 3)
+            + struct.pack("<4f", y > 0, 0, 0, 0)
+        )
+    body += struct.pack("<I", len(SIDES)) + np.array(SIDES, "<u2").tobytes()
+    body += struct.pack("<I7f", 1, *IDENTITY)
+    return packed(b"PSMD", 4, body + struct.pack("<II4s7fB", 1, 4, b"head", 0, 2, 0, 0, 0, 0, 1, 0))
+
+
+def psa(frames: int) -> bytes:
+    """The bone moves one unit along x by frame."""
+    states = [[frame, *IDENTITY[1:]] for frame in range(frames)]
+    return packed(b"PSSA", 1, struct.pack("<I4sfII", 4, b"move", 1.0, 1, frames) + np.array(states, "<f4").tobytes())
+
+
+def png(color: tuple[int, ...]) -> bytes:
+    written = io.BytesIO()
+    Image.new("RGBA", (8, 8), color).save(written, "PNG")
+    return written.getvalue()
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory) -> Path:
+    """A game with one animal, red or blue, on green ground."""
+    path = tmp_path_factory.mktemp("game") / "public.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("art/actors/fauna/animal.xml", FAUNA.format(prop="props/hat.xml"))
+        file.writestr("art/actors/props/hat.xml", PROP)
+        for kind in ("units", "structures", "flora", "props/flora", "geology", "props/special"):
+            file.writestr(f"art/actors/{kind}/animal.xml", FAUNA.format(prop="props/missing.xml"))
+        file.writestr("art/meshes/block.dae.cached.pmd", pmd(CORNERS))
+        file.writestr("art/animation/move.dae.cached.psa", psa(4))
+        file.writestr("art/textures/skins/a.png", png((230, 20, 20, 255)))
+        file.writestr("art/textures/skins/b.png", png((20, 20, 230, 255)))
+        file.writestr("art/textures/terrain/types/grass.png.cached.dds", png((20, 200, 20, 255)))
+    return path
+
+
+@pytest.fixture
+def painter():
+    """A painter of red and of holes, where there is OpenGL."""
+    from rendering.painter import Painter
+
+    pictures = {"red": Image.new("RGBA", (4, 4), (255, 0, 0, 255)), "holes": Image.new("RGBA", (4, 4), (255, 0, 0, 0))}
+    try:
+        return Painter((96, 64), pictures.get)
+    except ValueError as error:
+        pytest.skip(f"needs OpenGL: {error}")
+
+
+def test_models_are_what_was_written(archive):
+    from rendering.models import pose, skin
+    from rendering.zero_ad import ZeroAD
+
+    game = ZeroAD(archive)
+    assert game.names("fauna") == ["fauna/animal.xml"]
+    textures = {game.actor("fauna/animal.xml", np.random.default_rng(seed)).texture for seed in range(12)}
+    assert textures == {"art/textures/skins/a.png", "art/textures/skins/b.png"}
+    actor = game.actor("fauna/animal.xml", np.random.default_rng(0))
+    assert [part.material for part in actor.parts()] == ["plain", "cut"]
+    np.testing.assert_array_equal(actor.mesh.positions, CORNERS)
+    np.testing.assert_array_equal(actor.mesh.uvs[0], [0.25, 0.75])
+    moved, _ = skin(actor.mesh, pose(actor.mesh, actor.animations["walk"], 1.25))
+    np.testing.assert_allclose(moved, CORNERS + np.where(CORNERS[:, 1:2] > 0, [[1.25, 0, 0]], 0), atol=1e-6)
+    # The last frame leads back to the first.
+    moved, _ = skin(actor.mesh, pose(actor.mesh, actor.animations["walk"], 3.5))
+    np.testing.assert_allclose(moved[2], CORNERS[2] + [1.5, 0, 0], atol=1e-6)
+
+
+def test_what_is_attached_follows_its_bone(archive):
+    from rendering.painter import rotation
+    from rendering.zero_ad import ZeroAD
+
+    actor = ZeroAD(archive).actor("fauna/animal.xml", np.random.default_rng(0))
+    stand = rotation(1, np.pi / 2)
+    stand[:3, 3] = 10, 0, 0
+    _, hat = actor.placed_parts(stand, "walk", 2.0)
+    # Two units up on the bone, which is two along its own x, which is the world's -z.
+    np.testing.assert_allclose(hat.matrix[:3, 3], [10, 2, -2], atol=1e-6)
+
+
+def test_strips_and_fans_of_cars(tmp_path):
+    from rendering.torcs import Torcs
+
+    car = tmp_path / "cars" / "one"
+    wheel = tmp_path / "wheels" / "any"
+    car.mkdir(parents=True), wheel.mkdir(parents=True)
+    vertices = "\n".join(f"{x} {y} 0.5 0 0 1" for x in (0, 2) for y in (0, 1))
+    refs = "\n".join(f"{index} 0.5 0.25" for index in (0, 1, 2, 3))
+    text = f'AC3Db\nOBJECT world\nkids 1\nOBJECT poly\ntexture "one.png" base\nnumvert 4\n{vertices}\nnumsurf 2\n'
+    text += f"SURF 0x34\nmat 0\nrefs 4\n{refs}\nSURF 0x30\nmat 0\nrefs 4\n{refs}\nkids 0\n"
+    for place in (car / "one.acc", wheel / "wheel0.acc"):
+        place.write_text(text)
+        Image.new("RGB", (4, 4)).save(place.parent / "one.png")
+    axle = '<section name="Front Axle"><attnum name="xpos" val="1.5"/></section>'
+    (car / "one.xml").write_text(f'{axle}<section name="Front Right Wheel"><attnum name="ypos" val="-0.8"/></section>')
+    game = Torcs(tmp_path)
+    actor = game.actor("cars/one", np.random.default_rng(0))
+    (body,) = actor.props["body"]
+    assert body.mesh.faces.tolist() == [[0, 1, 2], [1, 2, 3], [4, 5, 6], [4, 6, 7]]
+    np.testing.assert_array_equal(body.mesh.uvs[0], [0.5, 0.75])
+    assert game.texture(body.texture.removeprefix("cars:")).size == (4, 4)
+    front, _ = actor.mesh.points["FrontLeft"]
+    np.testing.assert_allclose(front[[0, 2], 3], [-0.8 * 2.2, 1.5 * 2.2])
+
+
+def test_numbers_are_where_the_picture_says(painter):
+    from rendering.painter import Light, look_at, perspective
+
+    light = Light(np.array([0, 0, 1.0]), np.zeros(3), np.ones(3), np.zeros(4))
+    eye = np.array([0.0, 0.0, 4.0])
+    view = perspective(np.pi / 2, 1.5, 0.1) @ look_at(eye, np.zeros(3))
+    square = np.zeros((4, 8))
+    square[:, :2], square[:, 5] = [[-2, -2], [2, -2], [2, 2], [-2, 2]], 1
+    faces = np.array([[0, 1, 2], [0, 2, 3]])
+    painter.begin(view, eye, light)
+    painter.draw_behind(
+        np.concatenate([2 * square[:, :2] / 2, np.full((4, 1), 0.9999), square[:, 3:]], 1),
+        Image.new("RGB", (8, 8), (0, 0, 255)),
+    )
+    painter.draw(square, faces, "red", np.eye(4), number=3)
+    nearer = np.eye(4)
+    nearer[:3, 3] = 0.5, 0, 0.5
+    painter.draw(square, faces, "holes", nearer, number=4, is_cut=True)
+    picture, numbers = painter.finish()
+    colors = np.asarray(picture).astype(int)
+    # 4 units away, the field of view is 8 high: the square takes half of it.
+    assert (numbers == 3)[16:48, 32:64].all() and (numbers == 3).sum() == 32 * 32
+    assert (colors[numbers == 3] == [255, 0, 0]).all() and (colors[numbers == 0] == [0, 0, 255]).all()
+
+
+def test_training_reads_the_videos(archive, painter, tmp_path, monkeypatch, capsys):
+    photographs = tmp_path / "photographs"
+    (photographs / HELD_OUT_SEQUENCES[0]).mkdir(parents=True)
+    Image.new("RGB", (64, 48), (120, 120, 120)).save(photographs / "sky.jpg")
+    Image.new("RGB", (64, 48), (255, 255, 255)).save(photographs / HELD_OUT_SEQUENCES[0] / "00000.jpg")
+
+    def render(folder: str):
+        arguments = [
+            tmp_path / folder,
+            "--zero-ad",
+            archive,
+            "--photographs",
+            photographs,
+            "--videos",
+            4,
+            "--frames",
+            3,
+        ]
+        monkeypatch.setattr(sys, "argv", ["render_videos.py", *map(str, arguments)])
+        script = load_script("render_videos")
+        monkeypatch.setattr(script, "SIZE", (214, 120))
+        monkeypatch.setattr(script, "FEWEST_PIXELS", 200)
+        assert script.list_photographs([photographs]) == [photographs / "sky.jpg"]
+        script.main()
+
+    render("one")
+    kept = int(capsys.readouterr().out.split(" of 4 scenes")[0].split()[-1])
+    store = load_davis(tmp_path / "one", 120, cache_dir=tmp_path / "cache", show_progress_bar=False)
+    assert 1 <= kept == len(store.sequences) and len(store) == 3 * kept
+    for span in store.sequences.values():
+        assert store.objects[span[0]]
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*"))
+    render("two")
+    assert all((tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes() for file in files)
+    # What is there is not drawn again.
+    kept_file = tmp_path / "one" / files[0]
+    kept_file.write_bytes(b"")
+    render("one")
+    assert kept_file.read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("zero_ad", "photographs", "message"),
+    [
+        ("sky.jpg", ".", "is no archive"),
+        ("empty.zip", ".", "holds no art/actors/fauna"),
+        (None, "none", "must hold pictures"),
+    ],
+)
+def test_mistakes_get_one_line(archive, tmp_path, monkeypatch, capsys, zero_ad, photographs, message):
+    Image.new("RGB", (8, 8)).save(tmp_path / "sky.jpg")
+    zipfile.ZipFile(tmp_path / "empty.zip", "w").close()
+    game = tmp_path / zero_ad if zero_ad else archive
+    arguments = [tmp_path / "set", "--zero-ad", game, "--photographs", tmp_path / photographs]
+    monkeypatch.setattr(sys, "argv", ["render_videos.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        load_script("render_videos").main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err

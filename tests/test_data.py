@@ -358,6 +358,15 @@ class _CountingStore:
         return self.ids
 
 
+def test_a_folder_named_twice_is_twice_as_likely():
+    dark, light = _CountingStore(8), _CountingStore(8)
+    light.image = lambda index: np.full((96, 160, 3), 200, np.uint8)
+    sampler = ClipSampler([dark, light, light])
+    batches = [sampler(index, ClipSpec((97, 161), 2, 8, 1.0, 2)) for index in range(30)]
+    share = np.mean([(raw.frames[:, 0, 50, 80, 0] == 200).numpy() for raw in batches])
+    assert abs(share - 2 / 3) < 0.1
+
+
 @pytest.mark.parametrize(("frames", "count", "max_gap"), [(40, 4, 5), (40, 3, 1), (6, 4, 10), (3, 5, 4)])
 def test_gaps_are_bounded_and_time_runs_one_way(frames, count, max_gap):
     sampler = ClipSampler([_CountingStore(frames)])

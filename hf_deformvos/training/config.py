@@ -207,7 +207,10 @@ class TrainingConfig:
 
     davis_dirs: list[str] = field(
         default_factory=list,
-        metadata={"help": "DAVIS-layout folders to train on; append :merge or :ids to force the mask rule."},
+        metadata={
+            "help": "DAVIS-layout folders to train on; append :merge or :ids to force the mask rule. All sequences "
+            "are equally likely; those of a folder that is named twice, twice as likely."
+        },
     )
     youtube_vos_dirs: list[str] = field(
         default_factory=list, metadata={"help": "YouTube-VOS folders (2018 or 2019 layout); their train split."}

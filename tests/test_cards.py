@@ -275,6 +275,18 @@ def test_the_card_tells_of_learned_features(student):
 
 
 @pytest.mark.weights
+@pytest.mark.parametrize("is_rendered", [True, False])
+def test_the_card_tells_of_rendered_videos(student, is_rendered):
+    facts = json.loads((student / "training.json").read_text())
+    facts.pop("initialised_from", None)
+    facts["data"] = ["davis2016-train", *(["rendered"] if is_rendered else [])]
+    (student / "training.json").write_text(json.dumps(facts))
+    text = cards.render_card(student, {}, REPO)
+    assert ("| rendered video | models of 0 A.D., CC BY-SA 3.0" in text) == is_rendered
+    assert ("rendered scenes and 24 short videos" in text) == is_rendered
+
+
+@pytest.mark.weights
 @pytest.mark.parametrize("where", ["itself", "ancestor"])
 def test_a_model_that_saw_the_held_out_sequences_says_so(student, where):
     facts = json.loads((student / "training.json").read_text())

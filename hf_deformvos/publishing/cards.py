@@ -161,6 +161,7 @@ def _context(facts: dict, config: dict, provenance: dict, folder: Path, records:
         "data": _data_table(data, provenance),
         "held_out": _HELD_OUT if "davis2016-train" in data else "",
         "saw_held_out": any(run["settings"].get("train_on_held_out", False) for run in runs),
+        "saw_rendered": "rendered" in data,
         "small_data": bool(data) and set(data) <= set(provenance["data"]),
         "backbone": backbone.get("text", "The record of the training does not say what the backbone started from."),
         "features": provenance["features"] if has_features else None,

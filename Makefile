@@ -75,8 +75,8 @@ browser:
 		|| echo "Chromium could not be installed (apt-get install chromium): tests of the page are skipped"; fi
 
 # What scripts/render_videos.py draws with. Where it is missing and cannot be installed, its tests skip and say so.
-graphics:
-	@if ! ldconfig -p 2>/dev/null | grep -q libEGL.so.1 && command -v apt-get >/dev/null 2>&1; then \
+graphics: $(FULL)
+	@if ! $(BIN)/python -c 'import moderngl; moderngl.create_context(standalone=True, backend="egl", require=330)' 2>/dev/null && command -v apt-get >/dev/null 2>&1; then \
 		echo "Installing OpenGL for the CPU, which the tests of rendering draw with"; \
 		sudo=$$([ "$$(id -u)" = 0 ] || echo "sudo -n"); \
 		{ $$sudo apt-get update -qq && $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \

@@ -19,6 +19,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+from compose_cutouts import list_pictures
 from PIL import Image, ImageFilter
 from rendering.models import Actor
 from rendering.painter import Painter
@@ -27,12 +28,10 @@ from rendering.torcs import Torcs
 from rendering.zero_ad import ZeroAD
 from tqdm import tqdm
 
-from hf_deformvos.data import HELD_OUT_SEQUENCES
-from hf_deformvos.masks_deformvos import davis_palette
+from hf_deformvos.video import write_palette_png
 
 
 SIZE = (854, 480)
-SUFFIXES = {".png", ".webp", ".jpg", ".jpeg"}
 # A scene is left out where no object has that many pixels at first, or one hides nearly everything at some time.
 FEWEST_PIXELS = 1500
 LARGEST_SHARE = 0.6
@@ -66,8 +65,7 @@ class Library:
 
 def list_photographs(folders: list[Path]) -> list[Path]:
     """Every picture below the folders, without masks and frames of held-out sequences."""
-    paths = [path for folder in folders for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES]
-    return [path for path in paths if path.parent.name not in ("masks", *HELD_OUT_SEQUENCES)]
+    return [path for path in list_pictures(folders) if path.parent.name != "masks"]
 
 
 def is_worth_it(masks: list[np.ndarray]) -> bool:
@@ -91,9 +89,7 @@ def write_video(root: Path, name: str, scene: Scene) -> bool:
         made.mkdir(parents=True)
     for index, (picture, mask) in enumerate(zip(pictures, masks, strict=True)):
         picture.filter(ImageFilter.GaussianBlur(softness)).save(folder / f"{index:05d}.jpg", quality=quality)
-        image = Image.fromarray(mask)
-        image.putpalette(davis_palette().tobytes())
-        image.save(part / f"{index:05d}.png")
+        write_palette_png(part / f"{index:05d}.png", mask)
     part.rename(whole)
     return True
 

@@ -6,6 +6,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import moderngl
 import numpy as np
 import pytest
 from PIL import Image
@@ -91,9 +92,10 @@ def painter():
 
     pictures = {"red": Image.new("RGBA", (4, 4), (255, 0, 0, 255)), "holes": Image.new("RGBA", (4, 4), (255, 0, 0, 0))}
     try:
-        return Painter((96, 64), pictures.get)
-    except ValueError as error:
-        pytest.skip(f"needs OpenGL: {error}")
+        moderngl.create_context(standalone=True, backend="egl", require=330).release()
+    except Exception as error:
+        pytest.skip(f"there is no OpenGL 3.3 here ({error}): make graphics")
+    return Painter((96, 64), pictures.get)
 
 
 def test_models_are_what_was_written(archive):

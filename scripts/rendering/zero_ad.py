@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image
 
-from .models import Actor, Mesh, bone_matrices
+from .models import NO_BONE, Actor, Mesh, bone_matrices
 
 
 ACTORS, MESHES, ANIMATIONS, TEXTURES = "art/actors/", "art/meshes/", "art/animation/", "art/textures/"
@@ -69,7 +69,7 @@ def read_mesh(data: bytes) -> Mesh:
         state = reader.array(FLOAT, BONE_STATE)
         points[name] = (bone_matrices(state)[0], int(reader.array(BYTE, 1)[0]))
     uvs = vertices["uv"][:, 0] * np.float32([1, -1]) + np.float32([0, 1])
-    points.setdefault("root", (np.eye(4), 255))
+    points.setdefault("root", (np.eye(4), NO_BONE))
     return Mesh(
         positions=vertices["p"],
         normals=vertices["n"],

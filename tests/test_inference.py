@@ -30,6 +30,31 @@ def test_presets_are_defaults_that_options_overrule():
     assert (chosen.dtype, chosen.short_side) == ("float32", 400)
 
 
+@pytest.mark.parametrize(
+    ("known", "seconds", "expected"),
+    [
+        ({"architecture": "x86_64", "avx512_bf16": True}, None, "bfloat16"),
+        ({"architecture": "x86_64", "amx_bf16": True}, None, "bfloat16"),
+        ({"architecture": "x86_64", "avx512_bf16": False, "avx512_f": True}, None, "float32"),
+        ({"architecture": "arm64", "bf16": True}, {"float32": 1.0, "bfloat16": 0.5}, "bfloat16"),
+        ({"architecture": "arm64", "bf16": True}, {"float32": 1.0, "bfloat16": 0.9}, "float32"),
+        (None, {"float32": 1.0, "bfloat16": 20.0}, "float32"),
+    ],
+)
+def test_the_processor_says_which_precision_is_fast_or_else_a_measurement(monkeypatch, known, seconds, expected):
+    if known is None:  # an older PyTorch
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+
+    def measure(dtype):
+        assert seconds is not None, "x86 processors are asked, not timed"
+        return seconds[str(dtype).removeprefix("torch.")]
+
+    monkeypatch.setattr(inference, "_convolution_seconds", measure)
+    assert fastest_dtype.__wrapped__("cpu") == expected
+
+
 def test_an_unknown_device_is_named():
     with pytest.raises(ValueError, match="`device` must be one that PyTorch can use here"):
         parser = argparse.ArgumentParser()

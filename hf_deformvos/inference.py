@@ -62,8 +62,9 @@ def fastest_dtype(device_type: str) -> str:
     """
     The precision in which a kind of device is fastest: `"bfloat16"` where it computes that natively, else `"float32"`.
 
-    An x86 processor's instructions tell where PyTorch is recent enough to list them. Of other CPUs a short measurement does,
-    once a process: emulated bfloat16 is many times slower than float32. It can go wrong where other programs run.
+    An x86 processor's instructions tell, where PyTorch is recent enough to list them. Of other CPUs a short
+    measurement does, once a process: emulated bfloat16 is many times slower than float32. It can go wrong where other
+    programs run.
     """
     if device_type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"

@@ -1,13 +1,15 @@
 """
-Videos with masks for training, rendered from the models of two free games.
+Videos with masks for training, rendered from the models of free games.
 
 What few annotated videos lack, things that turn, bend their legs, pass behind trees and behind each other, is cheap to
-draw: 0 A.D. has a thousand animals, people, riders and machines with their animations, TORCS has cars.
+draw: 0 A.D. has a thousand animals, people, riders and machines with their animations, TORCS has cars, UFO: AI people
+and vehicles of our days, MegaGlest more that walks.
 
-    sudo apt-get install 0ad-data torcs-data libegl1 libgl1-mesa-dri
+    sudo apt-get install 0ad-data torcs-data ufoai-data megaglest-data libegl1 libgl1-mesa-dri
     pip install "hf-deformvos[render]"
     python scripts/render_videos.py data/rendered --zero-ad /usr/share/games/0ad/mods/public/public.zip \\
-        --torcs /usr/share/games/torcs --photographs data/static/*/images --videos 360
+        --torcs /usr/share/games/torcs --ufo-ai /usr/share/games/ufoai/base/0models.pk3 \\
+        --megaglest /usr/share/games/megaglest --photographs data/static/*/images --videos 360
 
 The result has DAVIS layout: JPEGImages/480p/<scene>/*.jpg and Annotations/480p/<scene>/*.png, whose values are ids. A
 call may be stopped; the same call goes on. Frames of videos that a model is tested on must not be among the
@@ -21,10 +23,12 @@ from pathlib import Path
 import numpy as np
 from compose_cutouts import list_pictures
 from PIL import Image, ImageFilter
+from rendering.megaglest import MegaGlest
 from rendering.models import Actor
 from rendering.painter import Painter
 from rendering.scene import Scene
 from rendering.torcs import Torcs
+from rendering.ufo_ai import UfoAI
 from rendering.zero_ad import ZeroAD
 from tqdm import tqdm
 
@@ -38,15 +42,26 @@ LARGEST_SHARE = 0.6
 
 
 class Library:
-    """Actors of 0 A.D. and, as kind `cars`, of TORCS."""
+    """
+    Actors of 0 A.D. and, where they are there, of other games.
 
-    def __init__(self, zero_ad: Path, torcs: Path | None):
-        self._zero_ad, self._torcs = ZeroAD(zero_ad), Torcs(torcs) if torcs else None
+    Args:
+        zero_ad (`Path`): public.zip of 0 A.D.
+        torcs (`Path`, *optional*): Folder of TORCS, for the kind `cars`.
+        ufo_ai (`Path`, *optional*): 0models.pk3 of UFO: AI, for `people` and `vehicles`.
+        megaglest (`Path`, *optional*): Folder of MegaGlest, for `warriors`.
+    """
+
+    def __init__(self, zero_ad: Path, torcs: Path | None, ufo_ai: Path | None, megaglest: Path | None):
+        self._zero_ad = ZeroAD(zero_ad)
+        self._kinds = {"cars": Torcs(torcs)} if torcs else {}
+        self._kinds |= dict.fromkeys(("people", "vehicles"), UfoAI(ufo_ai)) if ufo_ai else {}
+        self._kinds |= {"warriors": MegaGlest(megaglest)} if megaglest else {}
 
     def names(self, kind: str) -> list[str]:
         """Actors of a kind, without signs on the ground and swarms."""
-        if kind == "cars":
-            return self._torcs.names() if self._torcs else []
+        if kind in self._kinds:
+            return self._kinds[kind].names(kind)
         names = self._zero_ad.names(kind)
         return [name for name in names if not any(part in name for part in ("decal", "circle", "shoal"))]
 
@@ -56,11 +71,12 @@ class Library:
 
     def actor(self, name: str, rng: np.random.Generator) -> Actor:
         """An actor, of variants that the generator chooses."""
-        return (self._torcs if name.startswith("cars/") else self._zero_ad).actor(name, rng)
+        return self._kinds.get(name.partition("/")[0], self._zero_ad).actor(name, rng)
 
     def texture(self, name: str) -> Image.Image | None:
-        """The picture of a texture."""
-        return self._torcs.texture(name[5:]) if name.startswith("cars:") else self._zero_ad.texture(name)
+        """The picture of a texture, whose name has its actor's kind before a colon, unless it is of 0 A.D."""
+        kind, colon, path = name.partition(":")
+        return self._kinds[kind].texture(path) if colon else self._zero_ad.texture(name)
 
 
 def list_photographs(folders: list[Path]) -> list[Path]:
@@ -100,6 +116,8 @@ def main():
     parser.add_argument("output", type=Path, help="folder that gets DAVIS layout")
     parser.add_argument("--zero-ad", type=Path, required=True, metavar="ZIP", help="public.zip of 0 A.D.")
     parser.add_argument("--torcs", type=Path, metavar="FOLDER", help="folder of TORCS; without it there are no cars")
+    parser.add_argument("--ufo-ai", type=Path, metavar="PK3", help="0models.pk3 of UFO: AI, for people and vehicles")
+    parser.add_argument("--megaglest", type=Path, metavar="FOLDER", help="folder of MegaGlest, for more people")
     parser.add_argument("--photographs", type=Path, nargs="+", required=True, help="folders of pictures to see afar")
     parser.add_argument("--videos", type=int, default=360, help="scenes to draw; some are not worth keeping")
     parser.add_argument("--first", type=int, default=0, help="number, and seed, of the first scene")
@@ -109,7 +127,7 @@ def main():
     if not photographs:
         parser.error(f"{', '.join(map(str, arguments.photographs))} must hold pictures; there is none.")
     try:
-        library = Library(arguments.zero_ad, arguments.torcs)
+        library = Library(arguments.zero_ad, arguments.torcs, arguments.ufo_ai, arguments.megaglest)
         painter = Painter(SIZE, library.texture)
     except ValueError as error:
         parser.error(str(error))

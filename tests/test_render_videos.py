@@ -154,6 +154,141 @@ def test_strips_and_fans_of_cars(tmp_path):
     np.testing.assert_allclose(front[[0, 2], 3], [-0.8 * 2.2, 1.5 * 2.2])
 
 
+def md2(frames: list[np.ndarray], skin: str) -> bytes:
+    """Two triangles of four vertices in a texture of 8 x 4, whole numbers of 0 to 255 as places."""
+    corners = np.array([[0, 0], [8, 0], [8, 4], [0, 4], [4, 2]], "<i2")
+    # The last corner is the first vertex's second place in the texture.
+    faces = np.array([[[0, 1, 2], [0, 1, 2]], [[0, 2, 3], [4, 2, 3]]], "<u2")
+    shapes = b""
+    for places in frames:
+        vertices = np.concatenate([places, np.zeros((4, 1))], 1).astype("u1")
+        shapes += struct.pack("<6f16s", 0.5, 0.5, 0.5, 1, 2, 3, b"") + vertices.tobytes()
+    starts = np.cumsum([68, 64, corners.nbytes, faces.nbytes, len(shapes)])
+    sizes = 8, 8, 4, 40 + 16, 1, 4, 5, 2, 0, len(frames)
+    head = struct.pack("<4s16i", b"IDP2", *sizes, *starts[:4].tolist(), 0, int(starts[4]))
+    return head + struct.pack("<64s", skin.encode()) + corners.tobytes() + faces.tobytes() + shapes
+
+
+SQUARE = np.array([[10, 0, 20], [10, 0, 40], [10, 20, 40], [10, 20, 20]])
+
+
+@pytest.fixture
+def people(tmp_path) -> Path:
+    """One person, whose body moves ahead by frame and whose head turns, and a bicycle."""
+    path = tmp_path / "0models.pk3"
+    turned = [0, 1, 0, -1, 0, 0, 0, 0, 1, 7, 0, 0]
+    with zipfile.ZipFile(path, "w") as file:
+        folder = "models/civilians/male"
+        file.writestr(
+            f"{folder}/body01.md2", md2([np.add(SQUARE, [step, 0, 0]) for step in (0, 0, 0, 20, 40)], ".red")
+        )
+        file.writestr(f"{folder}/body01.anm", "// name start end fps\n\nstand0  0 1 1\nwalk0 2\t4 22\nwalk1 0 0 1\n")
+        tags = struct.pack("<4s7i", b"JDP2", 1, 2, 5, 32, 160, 0, 0) + struct.pack("<64s64s", b"tag_hand", b"tag_head")
+        identity = [1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0]
+        file.writestr(f"{folder}/body01.tag", tags + np.array([identity] * 8 + [turned] * 2, "<f4").tobytes())
+        file.writestr(f"{folder}/head01.md2", md2([SQUARE], ".missing"))
+        file.writestr(f"{folder}/head01.png", png((20, 20, 230, 255)))
+        file.writestr(f"{folder}/red.png", png((230, 20, 20, 255)))
+        file.writestr("models/objects/vehicles/bicycle/bicycle.md2", md2([SQUARE], ".red"))
+        file.writestr("models/objects/vehicles/bicycle/red.jpg", png((230, 20, 20, 255)))
+    return path
+
+
+def test_people_walk_and_keep_their_heads(people):
+    from rendering.ufo_ai import SCALE, UfoAI
+
+    game = UfoAI(people)
+    assert game.names("people") == ["people/civilians/male/body01"]
+    actor = game.actor("people/civilians/male/body01", np.random.default_rng(0))
+    assert actor.states() == {"idle": 2, "walk": 3}
+    body, head = actor.placed_parts(np.eye(4), "walk", 1.5)
+    assert body.actor.texture == "people:civilians/male/red.png"
+    assert head.actor.texture == "people:civilians/male/head01.png"
+    # Where the file says, 0.5 p + (1, 2, 3), half-way between steps of 20 and 40; x is ahead, y aside and z up, and
+    # the feet are on the ground. The vertex with two places in the texture is there twice.
+    expected = (0.5 * np.add(SQUARE, [30, 0, 0]) + [1, 2, 3])[:, [1, 2, 0]] - [0, 13, 0]
+    assert len(body.positions) == 5
+    np.testing.assert_allclose(body.positions[body.actor.mesh.faces[0]], expected[[0, 1, 2]] * SCALE, rtol=1e-6)
+    np.testing.assert_allclose(body.positions[body.actor.mesh.faces[1]], expected[[0, 2, 3]] * SCALE, rtol=1e-6)
+    np.testing.assert_allclose(body.actor.mesh.uvs[body.actor.mesh.faces[1]], [[0.5, 0.5], [1, 1], [0, 1]])
+    # All normals of a flat square are along one axis.
+    assert np.abs(body.normals[:, 2]).min() > 0 and np.abs(body.normals[:, :2]).max() < 1e-6
+    # In the last frames the head's x axis is along y, its y axis along -x, and it is 7 ahead.
+    head = list(actor.placed_parts(np.eye(4), "walk", 2.0))[1]
+    places = 0.5 * SQUARE + [1, 2, 3]
+    turned = np.stack([7 - places[:, 1], places[:, 0], places[:, 2]], 1)[:, [1, 2, 0]] - [0, 13, 0]
+    np.testing.assert_allclose(head.positions[head.actor.mesh.faces[0]], turned[[0, 1, 2]] * SCALE, rtol=1e-5)
+
+
+def test_vehicles_stand_on_their_wheels_and_look_ahead(people, monkeypatch):
+    from rendering import ufo_ai
+
+    monkeypatch.setattr(ufo_ai, "VEHICLES", ("vehicles/bicycle/bicycle",))
+    game = ufo_ai.UfoAI(people)
+    (name,) = game.names("vehicles")
+    (part,) = game.actor(name, np.random.default_rng(0)).placed_parts(np.eye(4), None, 0.0)
+    # Its longer side, of 10 units, is the one along y.
+    np.testing.assert_allclose(np.ptp(part.positions, axis=0), np.array([0, 10, 10]) * ufo_ai.SCALE, atol=1e-6)
+    assert part.positions[:, 1].min() == 0
+    assert game.texture(part.actor.texture.removeprefix("people:")).size == (8, 8)
+
+
+def test_units_of_one_file_by_animation(tmp_path):
+    from rendering.megaglest import SCALE, MegaGlest
+
+    models = tmp_path / "techs/pack/factions/romans/units/archer/models"
+    models.mkdir(parents=True)
+    Image.new("RGBA", (4, 4)).save(models / "skin.png")
+    shapes = np.stack([SQUARE, SQUARE + 2]).astype("<f4")
+    normals = np.ones_like(shapes)
+    faces = np.array([[0, 1, 2], [0, 2, 3]], "<u4")
+
+    def mesh(opacity: float, flags: int, textures: list[bytes]) -> bytes:
+        head = struct.pack("<64s3I6f2f2I", b"", 2, 4, 6, *[1.0] * 6, 1, opacity, flags, len(textures))
+        names = b"".join(struct.pack("<64s", name) for name in textures)
+        uvs = np.full((4, 2), 0.25, "<f4").tobytes() if textures else b""
+        return head + names + shapes.tobytes() + normals.tobytes() + uvs + faces.tobytes()
+
+    meshes = mesh(0.4, 0, [b"skin.png"]), mesh(1, 0, []), mesh(1, 1, [b"skin.png"])
+    (models / "archer_walking.g3d").write_bytes(b"G3D\x04" + struct.pack("<HB", 3, 0) + b"".join(meshes))
+    house = tmp_path / "techs/pack/factions/romans/units/house/models/house_standing.g3d"
+    house.parent.mkdir(parents=True)
+    house.write_bytes(b"")
+    game = MegaGlest(tmp_path)
+    assert game.names() == ["warriors/romans/units/archer"]
+    actor = game.actor("warriors/romans/units/archer", np.random.default_rng(0))
+    assert actor.states() == {"walk": 2}
+    # What is transparent, and what has no picture, is left out.
+    (part,) = actor.placed_parts(np.eye(4), "walk", 0.5)
+    np.testing.assert_allclose(part.positions, (SQUARE + 1) * SCALE, rtol=1e-6)
+    assert (part.actor.material, part.actor.mesh.uvs[0].tolist()) == ("team", [0.25, 0.75])
+    assert game.texture(part.actor.texture.removeprefix("warriors:")).size == (4, 4)
+
+
+def test_an_open_shutter_is_the_mean_of_moments(archive, painter, tmp_path, monkeypatch):
+    from rendering import scene
+    from rendering.painter import Painter
+
+    script = load_script("render_videos")
+    Image.new("RGB", (64, 48), (120, 120, 120)).save(tmp_path / "sky.jpg")
+    library = script.Library(archive, None, None, None)
+    painter = Painter((214, 120), library.texture)
+
+    def draw(share: float) -> scene.Scene:
+        monkeypatch.setattr(scene, "BLURRED_SHARE", share)
+        return scene.Scene(library, painter, [tmp_path / "sky.jpg"], 4, seed=3)
+
+    sharp, blurred = draw(0.0), draw(1.0)
+    (still, numbers), (picture, blurred_numbers) = sharp.frame(1), blurred.frame(1)
+    np.testing.assert_array_equal(blurred_numbers, numbers)
+    moments = [
+        np.asarray(sharp._moment(1 + blurred.shutter * offset)[0], float) for offset in (-1 / 2, -1 / 6, 1 / 6, 1 / 2)
+    ]
+    assert 0.2 <= blurred.shutter <= 0.8
+    np.testing.assert_allclose(np.asarray(picture), np.mean(moments, 0), atol=1)
+    assert not np.array_equal(np.asarray(picture), np.asarray(still))
+
+
 def test_numbers_are_where_the_picture_says(painter):
     from rendering.painter import Light, look_at, perspective
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .vertex_animation import between
+
 
 NO_BONE = 255
 
@@ -55,6 +57,8 @@ class Actor:
         material (`str`): "cut" where the picture's alpha channel cuts holes, "team" where it lets the colour of a team
             show, else "plain".
         animations (`dict[str, np.ndarray]`): Bone states `(frames, bones, 7)` by name, see [`bone_matrices`].
+        shapes (`dict[str, np.ndarray]`): The same for a mesh without bones: positions and normals `(frames, vertices,
+            6)`.
         props (`dict[str, list[Actor]]`): What is attached, by point of the mesh.
     """
 
@@ -62,7 +66,15 @@ class Actor:
     texture: str | None = None
     material: str = "plain"
     animations: dict[str, np.ndarray] = field(default_factory=dict)
+    shapes: dict[str, np.ndarray] = field(default_factory=dict)
     props: dict[str, list[Actor]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, parts: list[Actor]) -> Actor:
+        """What is nothing but its parts."""
+        nothing = np.zeros((0, 3), np.float32)
+        mesh = Mesh.rigid(nothing, nothing, nothing[:, :2], nothing.astype(np.int32), root=(np.eye(4), NO_BONE))
+        return cls(mesh, props={"root": parts})
 
     def parts(self) -> Iterator[Actor]:
         """The actor, and all that is attached to it."""
@@ -70,6 +82,11 @@ class Actor:
         for props in self.props.values():
             for prop in props:
                 yield from prop.parts()
+
+    def states(self) -> dict[str, int]:
+        """How many frames each animation has: of its bones, and of the vertices of its parts."""
+        shapes = {state: len(shape) for part in self.parts() for state, shape in part.shapes.items()}
+        return {state: len(frames) for state, frames in self.animations.items()} | shapes
 
     def placed_parts(self, matrix: np.ndarray, state: str | None, time: float) -> Iterator[PlacedPart]:
         """
@@ -83,7 +100,12 @@ class Actor:
         animation = self.animations.get(state or "", self.animations.get("idle"))
         matrices = pose(self.mesh, animation, time)
         if self.texture is not None:
-            yield PlacedPart(self, matrix, *skin(self.mesh, matrices))
+            if self.shapes:
+                idle = self.shapes.get("idle", next(iter(self.shapes.values())))
+                shape = between(self.shapes.get(state or "", idle), time)
+                yield PlacedPart(self, matrix, shape[:, :3], shape[:, 3:])
+            else:
+                yield PlacedPart(self, matrix, *skin(self.mesh, matrices))
         for point, props in self.props.items():
             if point not in self.mesh.points:
                 continue

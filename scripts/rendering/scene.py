@@ -18,9 +18,12 @@ from PIL import Image, ImageFilter, ImageOps
 
 from .models import Actor
 from .painter import Light, Painter, look_at, perspective, rotation
+from .vertex_animation import between
 
 
 FREE_SHARE = 0.25
+# Of scenes whose camera's shutter stays open for a part of a frame, which is drawn as the mean of so many moments.
+BLURRED_SHARE, MOMENTS = 0.25, 4
 MOVING, TEAM_SHARE, ALIKE_SHARE = ("walk", "run"), 0.7, 0.5
 SMALLEST, LARGEST = 0.2, 40.0
 # Frames that a cycle of an animation takes.
@@ -83,11 +86,11 @@ class Thing:
         """How high it is."""
         return float(self.high[1] - self.low[1])
 
-    def matrix(self, frame: int) -> np.ndarray:
-        """Where it is at a frame."""
-        return self.matrices[min(frame, len(self.matrices) - 1)]
+    def matrix(self, frame: float) -> np.ndarray:
+        """Where it is at a frame, or between two."""
+        return between(self.matrices, min(frame, len(self.matrices) - 1))
 
-    def draw(self, painter: Painter, frame: int, is_shadow: bool = False) -> None:
+    def draw(self, painter: Painter, frame: float, is_shadow: bool = False) -> None:
         """Draws it as it is at a frame."""
         time = frame * self.speed + self.phase
         for part in self.actor.placed_parts(self.matrix(frame), self.state, time):
@@ -164,10 +167,20 @@ class Scene:
         self.terrain = str(self.rng.choice(assets.terrains()))
         self.backdrop = self._draw_backdrop(photographs)
         self._draw_camera()
+        self.shutter = self.rng.uniform(0.2, 0.8) if self.rng.random() < BLURRED_SHARE else 0.0
 
     def frame(self, index: int) -> tuple[Image.Image, np.ndarray]:
         """The picture at a frame, and its masks `(height, width)`, uint8 numbers."""
-        eye, target = self.cameras[index]
+        picture, numbers = self._moment(index)
+        if not self.shutter:
+            return picture, numbers
+        # The masks are those of the middle.
+        times = index + self.shutter * (np.arange(MOMENTS) / (MOMENTS - 1) - 0.5)
+        pictures = [self._moment(float(time))[0] for time in times.clip(0, self.frames - 1)]
+        return Image.fromarray(np.mean([np.asarray(each) for each in pictures], 0).astype(np.uint8)), numbers
+
+    def _moment(self, index: float) -> tuple[Image.Image, np.ndarray]:
+        eye, target = between(self.cameras, index)
         self.painter.begin(self.projection @ look_at(eye, target), eye, self.light)
         self._draw_horizon(index)
         if not self.is_free:
@@ -213,7 +226,8 @@ class Scene:
 
     def _draw_things(self) -> list[Thing]:
         rng = self.rng
-        kinds = {"fauna": 0.3, "units": 0.3, "cars": 0.25, "structures": 0.1, "props/special": 0.15 * self.is_free}
+        kinds = {"fauna": 0.25, "units": 0.2, "people": 0.2, "warriors": 0.15, "cars": 0.15, "vehicles": 0.1}
+        kinds |= {"structures": 0.1, "props/special": 0.15 * self.is_free}
         count = int(rng.choice([1, 2, 3, 4, 5, 6], p=[0.3, 0.25, 0.15, 0.12, 0.1, 0.08]))
         are_alike = rng.random() < ALIKE_SHARE
         things: list[Thing] = []
@@ -232,12 +246,12 @@ class Scene:
 
     def _animate(self, thing: Thing) -> None:
         """Chooses what a thing does, and how fast."""
-        rng, animations = self.rng, thing.actor.animations
+        rng, animations = self.rng, thing.actor.states()
         moving = [state for state in MOVING if state in animations]
         choice = moving if moving and rng.random() < 0.75 else sorted(animations)
         if choice:
             thing.state = str(rng.choice(choice))
-            length = len(animations[thing.state])
+            length = animations[thing.state]
             thing.speed, thing.phase = length / rng.uniform(FASTEST_CYCLE, SLOWEST_CYCLE), rng.uniform(0, length)
 
     def _draw_hills(self) -> Hills:
@@ -343,11 +357,11 @@ class Scene:
                 eye[1] = max(eye[1], self.hills.at(eye[0], eye[2]) + 0.08 * size)
             side = np.array([-math.sin(angle), 0.0, math.cos(angle)])
             target = target + aside * side + (0.0, above, 0.0) + shake[frame : frame + 3].mean(0)
-            self.cameras.append((eye, target))
+            self.cameras.append(np.stack([eye, target]))
 
-    def _draw_horizon(self, index: int) -> None:
+    def _draw_horizon(self, index: float) -> None:
         """The photograph, which turns with the camera as what is far away does."""
-        (eye, target), (first_eye, first_target) = self.cameras[index], self.cameras[self.frames // 2]
+        (eye, target), (first_eye, first_target) = between(self.cameras, index), self.cameras[self.frames // 2]
         way, first = (target - eye) / np.linalg.norm(target - eye), first_target - first_eye
         turn = math.atan2(way[2], way[0]) - math.atan2(first[2], first[0])
         turn = (turn + math.pi) % (2 * math.pi) - math.pi

@@ -81,7 +81,7 @@ class Torcs:
         if not self._cars or not self._wheels:
             raise ValueError(f"{path} must be the folder of TORCS (Debian: torcs-data, /usr/share/games/torcs).")
 
-    def names(self) -> list[str]:
+    def names(self, kind: str = "cars") -> list[str]:
         """Names of the cars."""
         return [f"cars/{name}" for name in self._cars]
 

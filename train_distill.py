@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 import hf_deformvos
+from hf_deformvos.publishing.release import MAX_ENLARGEMENT
 from hf_deformvos.training import Trainer, TrainingConfig
 from hf_deformvos.training.config import PATH_SETTINGS
 from hf_deformvos.training.models import build_student, build_task, build_teacher
@@ -127,7 +128,8 @@ def build(config: TrainingConfig) -> Trainer:
         evaluate = open_evaluation(config, data)
     set_seed(config.seed)
     task = build_task(config, build_student(config), teacher)
-    processor = hf_deformvos.DeformVosProcessor(hf_deformvos.DeformVosImageProcessor())
+    images = hf_deformvos.DeformVosImageProcessor(max_enlargement=MAX_ENLARGEMENT)
+    processor = hf_deformvos.DeformVosProcessor(images)
     return Trainer(config, task, data.sampler(config.seed), processor, evaluate, accelerator)
 
 

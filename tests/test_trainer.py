@@ -32,6 +32,7 @@ import train_distill
 from hf_deformvos import DeformVosConfig, DeformVosModel
 from hf_deformvos.data import ClipSampler, RawBatch, load_static_sets
 from hf_deformvos.data.transforms import AugmentConfig, ClipBatch
+from hf_deformvos.publishing.release import MAX_ENLARGEMENT
 from hf_deformvos.training import SegmentationTask, Trainer, TrainingConfig
 from hf_deformvos.training.batches import WorkerProcesses
 from hf_deformvos.training.checkpoint import STATE_FILE, find_checkpoint, list_checkpoints, write_checkpoint
@@ -571,7 +572,8 @@ def test_accelerate_launch_trains_a_model_that_loads(tiny_run):
     model = AutoModel.from_pretrained(tiny_run / "launched")
     assert model.config.hidden_size == TINY_CONFIG["hidden_size"]
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
-    AutoProcessor.from_pretrained(tiny_run / "launched")
+    # A run can be measured as its release will be: small videos are enlarged alike.
+    assert AutoProcessor.from_pretrained(tiny_run / "launched").image_processor.max_enlargement == MAX_ENLARGEMENT
 
 
 @pytest.mark.slow

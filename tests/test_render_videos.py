@@ -220,10 +220,9 @@ def test_people_walk_and_keep_their_heads(people):
     np.testing.assert_allclose(head.positions[head.actor.mesh.faces[0]], turned[[0, 1, 2]] * SCALE, rtol=1e-5)
 
 
-def test_vehicles_stand_on_their_wheels_and_look_ahead(people, monkeypatch):
+def test_vehicles_stand_on_their_wheels_and_look_ahead(people):
     from rendering import ufo_ai
 
-    monkeypatch.setattr(ufo_ai, "VEHICLES", ("vehicles/bicycle/bicycle",))
     game = ufo_ai.UfoAI(people)
     (name,) = game.names("vehicles")
     (part,) = game.actor(name, np.random.default_rng(0)).placed_parts(np.eye(4), None, 0.0)

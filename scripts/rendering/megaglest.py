@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .files import read_texture, text_at
 from .models import Actor, Mesh
 
 
 # A person is about two units high, and 0 A.D. counts in half metres, more or less.
 SCALE = 1.7
 TEAM, OPAQUE = 1, 0.99
-LARGEST_TEXTURE = 512
 MESH_HEAD = struct.Struct("<64s3I6f2f2I")
 # What a file's name holds, and which animation that means.
 STATES = {"walk": "walk", "run": "run", "charg": "run", "fly": "run", "stand": "idle", "idle": "idle"}
@@ -39,7 +39,7 @@ def read_g3d(data: bytes) -> list[tuple[str, bool, np.ndarray, np.ndarray, np.nd
     for _ in range(count):
         _, frames, vertices, indices, *_, opacity, flags, textures = MESH_HEAD.unpack_from(data, at)
         at += MESH_HEAD.size
-        names = [_text(data, at + 64 * number) for number in range(textures.bit_count())]
+        names = [text_at(data, at + 64 * number) for number in range(textures.bit_count())]
         at += 64 * len(names)
         numbers = np.frombuffer(data, "<f4", frames * vertices * 6, at).reshape(2, frames, vertices, 3)
         at += numbers.nbytes
@@ -52,11 +52,6 @@ def read_g3d(data: bytes) -> list[tuple[str, bool, np.ndarray, np.ndarray, np.nd
             uvs = uvs * np.float32([1, -1]) + np.float32([0, 1])
             meshes.append((names[0], bool(flags & TEAM), shapes, uvs, faces))
     return meshes
-
-
-def _text(data: bytes, at: int) -> str:
-    """A string of at most 64 bytes."""
-    return data[at : at + 64].split(b"\0")[0].decode(errors="replace")
 
 
 class MegaGlest:
@@ -89,10 +84,8 @@ class MegaGlest:
         return [f"warriors/{unit}" for unit in self._files]
 
     def _read_texture(self, name: str) -> Image.Image:
-        """A picture, RGBA, by its path below the folder."""
-        image = Image.open(self._root / name).convert("RGBA")
-        image.thumbnail((LARGEST_TEXTURE, LARGEST_TEXTURE))
-        return image
+        """A picture by its path below the folder."""
+        return read_texture(self._root / name)
 
     def actor(self, name: str, rng: np.random.Generator) -> Actor:
         """A unit in one of its animations, mostly one that moves it; textures are named `warriors:<path>`."""

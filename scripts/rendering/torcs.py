@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .files import read_texture
 from .models import NO_BONE, Actor, Mesh
 
 
@@ -20,7 +21,6 @@ TRIANGLE_STRIP = 4
 # 0 A.D. counts in half metres, more or less.
 SCALE = 2.2
 INCH = 0.0254
-LARGEST_TEXTURE = 512
 
 
 def read_objects(path: Path) -> Iterator[tuple[str, Mesh]]:
@@ -86,10 +86,8 @@ class Torcs:
         return [f"cars/{name}" for name in self._cars]
 
     def _read_texture(self, name: str) -> Image.Image:
-        """A picture, RGBA, by its path below the folder."""
-        image = Image.open(self._root / name).convert("RGBA")
-        image.thumbnail((LARGEST_TEXTURE, LARGEST_TEXTURE))
-        return image
+        """A picture by its path below the folder."""
+        return read_texture(self._root / name)
 
     def actor(self, name: str, rng: np.random.Generator) -> Actor:
         """A car that looks along z, on wheels, its textures named `cars:<path>`."""

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
+from .files import read_texture, text_at
 from .models import Actor, Mesh
 from .vertex_animation import normals_of
 
@@ -36,13 +37,7 @@ SCALE = 3.6 / 56
 # The game looks along x, z being up; here z is ahead, and y up.
 TURN = np.float32([[0, 1, 0], [0, 0, 1], [1, 0, 0]])
 STATES = {"walk": "walk", "run": "run", "stand": "idle", "panic": "panic", "death": "death"}
-LARGEST_TEXTURE = 512
 MD2_HEAD, TAG_HEAD = struct.Struct("<4s16i"), struct.Struct("<4s7i")
-
-
-def _text(data: bytes, at: int) -> str:
-    """A string of at most 64 bytes."""
-    return data[at : at + 64].split(b"\0")[0].decode(errors="replace")
 
 
 def read_md2(data: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
@@ -50,7 +45,7 @@ def read_md2(data: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]
     magic, _, width, height, size, skins, vertices, corners, faces, _, frames, *offsets, _ = MD2_HEAD.unpack_from(data)
     if magic != b"IDP2":
         raise ValueError(f"an MD2 file begins with IDP2, this one with {magic!r}")
-    names = [_text(data, offsets[0] + 64 * number) for number in range(skins)]
+    names = [text_at(data, offsets[0] + 64 * number) for number in range(skins)]
     uvs = np.frombuffer(data, "<i2", 2 * corners, offsets[1]).reshape(-1, 2) / np.float32([width, height])
     triangles = np.frombuffer(data, "<u2", 6 * faces, offsets[2]).reshape(-1, 2, 3)
     layout = np.dtype([("scale", "<f4", 3), ("move", "<f4", 3), ("name", "S16"), ("at", "u1", (vertices, 4))])
@@ -72,7 +67,7 @@ def read_animations(text: str) -> dict[str, tuple[int, int]]:
 def read_tag(data: bytes, name: str) -> np.ndarray:
     """Where what is attached at a point is in each frame, `(frames, 4, 3)`: three axes and the origin."""
     magic, _, tags, frames, names, matrices, *_ = TAG_HEAD.unpack_from(data)
-    known = [_text(data, names + 64 * number) for number in range(tags)]
+    known = [text_at(data, names + 64 * number) for number in range(tags)]
     if magic != b"JDP2" or name not in known:
         raise ValueError(f"a .tag file begins with JDP2 and names {name}; this one with {magic!r}, and {known}")
     offset = matrices + 48 * frames * known.index(name)
@@ -97,6 +92,9 @@ class UfoAI:
         self._known = {name[len(ROOT) :] for name in self._zip.namelist() if name.startswith(ROOT)}
         bodies = (name[:-4] for name in sorted(self._known) if name.startswith(PEOPLE) and name.endswith(".anm"))
         self._bodies = [name for name in bodies if f"{name}.md2" in self._known]
+        self._vehicles = [
+            names for names in VEHICLES if all(f"objects/{name}.md2" in self._known for name in names.split())
+        ]
         if not self._bodies:
             raise ValueError(f"{path} holds no {ROOT}civilians/*/*.anm, so it is not 0models.pk3 of UFO: AI.")
         self._model = lru_cache(64)(lambda name: read_md2(self._read(f"{name}.md2")))
@@ -107,19 +105,16 @@ class UfoAI:
 
     def names(self, kind: str) -> list[str]:
         """Names of `people`, animals and aliens among them, or of `vehicles`."""
-        return [f"{kind}/{name}" for name in (self._bodies if kind == "people" else VEHICLES)]
+        return [f"{kind}/{name}" for name in (self._bodies if kind == "people" else self._vehicles)]
 
     def _read_texture(self, name: str) -> Image.Image:
-        """A picture, RGBA, by its path."""
-        image = Image.open(io.BytesIO(self._read(name))).convert("RGBA")
-        image.thumbnail((LARGEST_TEXTURE, LARGEST_TEXTURE))
-        return image
+        """A picture by its path."""
+        return read_texture(io.BytesIO(self._read(name)))
 
     def actor(self, name: str, rng: np.random.Generator) -> Actor:
         """A person with a head, or a vehicle, in one of its skins; textures are named `people:<path>`."""
         kind, _, rest = name.partition("/")
-        parts = self._person(rest, rng) if kind == "people" else self._vehicle(rest, rng)
-        return Actor.of(parts)
+        return Actor.of(self._person(rest, rng) if kind == "people" else self._vehicle(rest, rng))
 
     def _person(self, body: str, rng: np.random.Generator) -> list[Actor]:
         animations = read_animations(self._read(f"{body}.anm").decode(errors="replace"))

@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image
 
+from .files import read_texture
 from .models import NO_BONE, Actor, Mesh, bone_matrices
 
 
@@ -25,7 +26,6 @@ FLOAT, BYTE = np.dtype("<f4"), np.dtype("u1")
 BONE_STATE = 7
 DEEPEST_PROP = 4
 CACHED = ".cached.dds"
-LARGEST_TEXTURE = 512
 
 
 class Reader:
@@ -131,9 +131,7 @@ class ZeroAD:
         found = next((path for path in (name + CACHED, name) if path in self._known), None)
         if found is None:
             return None
-        image = Image.open(io.BytesIO(self._zip.read(found))).convert("RGBA")
-        image.thumbnail((LARGEST_TEXTURE, LARGEST_TEXTURE))
-        return image
+        return read_texture(io.BytesIO(self._zip.read(found)))
 
     def actor(self, name: str, rng: np.random.Generator, depth: int = 0) -> Actor:
         """

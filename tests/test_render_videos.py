@@ -313,7 +313,7 @@ def test_numbers_are_where_the_picture_says(painter):
     assert (colors[numbers == 3] == [255, 0, 0]).all() and (colors[numbers == 0] == [0, 0, 255]).all()
 
 
-def test_training_reads_the_videos(archive, painter, tmp_path, monkeypatch, capsys):
+def test_training_reads_the_videos(archive, people, painter, tmp_path, monkeypatch, capsys):
     photographs = tmp_path / "photographs"
     (photographs / HELD_OUT_SEQUENCES[0]).mkdir(parents=True)
     Image.new("RGB", (64, 48), (120, 120, 120)).save(photographs / "sky.jpg")
@@ -324,6 +324,8 @@ def test_training_reads_the_videos(archive, painter, tmp_path, monkeypatch, caps
             tmp_path / folder,
             "--zero-ad",
             archive,
+            "--ufo-ai",
+            people,
             "--photographs",
             photographs,
             "--videos",
@@ -352,6 +354,27 @@ def test_training_reads_the_videos(archive, painter, tmp_path, monkeypatch, caps
     kept_file.write_bytes(b"")
     render("one")
     assert kept_file.read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "message"),
+    [
+        ("--torcs", "empty", "must be the folder of TORCS"),
+        ("--ufo-ai", "empty.zip", "so it is not 0models.pk3 of UFO: AI"),
+        ("--ufo-ai", "sky.jpg", "is no archive; base/0models.pk3"),
+        ("--megaglest", "empty", "must be the folder of MegaGlest"),
+    ],
+)
+def test_other_games_that_are_none_get_one_line(archive, tmp_path, monkeypatch, capsys, option, name, message):
+    Image.new("RGB", (8, 8)).save(tmp_path / "sky.jpg")
+    (tmp_path / "empty").mkdir()
+    zipfile.ZipFile(tmp_path / "empty.zip", "w").close()
+    arguments = [tmp_path / "set", "--zero-ad", archive, "--photographs", tmp_path, option, tmp_path / name]
+    monkeypatch.setattr(sys, "argv", ["render_videos.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        load_script("render_videos").main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -189,6 +189,9 @@ def people(tmp_path) -> Path:
         file.writestr(f"{folder}/head01.md2", md2([SQUARE], ".missing"))
         file.writestr(f"{folder}/head01.png", png((20, 20, 230, 255)))
         file.writestr(f"{folder}/red.png", png((230, 20, 20, 255)))
+        file.writestr("models/animals/fish/fish.md2", md2([SQUARE], ".red"))
+        file.writestr("models/animals/fish/fish.anm", "rotate 0 16 2\n")
+        file.writestr("models/animals/fish/red.png", png((230, 20, 20, 255)))
         file.writestr("models/objects/vehicles/bicycle/bicycle.md2", md2([SQUARE], ".red"))
         file.writestr("models/objects/vehicles/bicycle/red.jpg", png((230, 20, 20, 255)))
     return path
@@ -198,7 +201,7 @@ def test_people_walk_and_keep_their_heads(people):
     from rendering.ufo_ai import SCALE, UfoAI
 
     game = UfoAI(people)
-    assert game.names("people") == ["people/civilians/male/body01"]
+    assert game.names("people") == ["people/animals/fish/fish", "people/civilians/male/body01"]
     actor = game.actor("people/civilians/male/body01", np.random.default_rng(0))
     assert actor.states() == {"idle": 2, "walk": 3}
     body, head = actor.placed_parts(np.eye(4), "walk", 1.5)
@@ -218,6 +221,14 @@ def test_people_walk_and_keep_their_heads(people):
     places = 0.5 * SQUARE + [1, 2, 3]
     turned = np.stack([7 - places[:, 1], places[:, 0], places[:, 2]], 1)[:, [1, 2, 0]] - [0, 13, 0]
     np.testing.assert_allclose(head.positions[head.actor.mesh.faces[0]], turned[[0, 1, 2]] * SCALE, rtol=1e-5)
+
+
+def test_what_has_no_animation_is_on_the_ground_too(people):
+    from rendering.ufo_ai import UfoAI
+
+    actor = UfoAI(people).actor("people/animals/fish/fish", np.random.default_rng(0))
+    (part,) = actor.placed_parts(np.eye(4), None, 0.0)
+    assert actor.states() == {} and part.positions[:, 1].min() == 0
 
 
 def test_vehicles_stand_on_their_wheels_and_look_ahead(people):

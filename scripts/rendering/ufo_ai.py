@@ -126,8 +126,9 @@ class UfoAI:
             tag = read_tag(self._read(f"{body}.tag"), "tag_head")
             parts.append(self._part(heads[rng.integers(len(heads))], rng, frames, tag))
         feet = parts[0].mesh.positions[:, 1].min()
-        for shape in (shape for part in parts for shape in part.shapes.values()):
-            shape[..., 1] -= feet
+        for part in parts:
+            for places in (part.mesh.positions, *part.shapes.values()):
+                places[..., 1] -= feet
         return parts
 
     def _vehicle(self, names: str, rng: np.random.Generator) -> list[Actor]:
@@ -160,4 +161,5 @@ class UfoAI:
         first = next(iter(shapes.values()), shape([0]))[0]
         mesh = Mesh.rigid(first[:, :3].copy(), first[:, 3:].copy(), uvs, faces)
         texture = f"people:{found[rng.integers(len(found))]}" if found else None
-        return Actor(mesh, texture, "cut" if "vehicles" in name else "plain", shapes=shapes)
+        # Between the spokes of the bicycle, which is in this folder, its picture is transparent.
+        return Actor(mesh, texture, "cut" if "/vehicles/" in name else "plain", shapes=shapes)

@@ -145,8 +145,8 @@ def load_for_inference(
     name: str, device: str | None = None, dtype: str = "float32", overrides: dict | None = None
 ) -> tuple[DeformVosModel, object]:
     """
-    Load a model, its batch norms folded, and its processor, on a CPU with [`keep_freed_memory`]; or an exported model
-    and its processor, which sessions take alike.
+    Load a model, as [`prepare_for_inference`] makes it, and its processor; or an exported model and its processor,
+    which sessions take alike.
 
     Args:
         name (`str`): a folder, that of `deformvos export` among them, or a Hub repository.
@@ -155,8 +155,8 @@ def load_for_inference(
         overrides (`dict`, *optional*): values for fields of the model's configuration.
 
     Raises:
-        ValueError: if the checkpoint is no DeformVOS model, lacks weights, or an override names no field; for an
-            exported model also if it is asked for another device than the CPU or another precision than it has.
+        ValueError: see [`load_checkpoint`]; for an exported model also if it is asked for another device than the CPU
+            or another precision than it has.
         OSError: if there is no such model.
     """
     _check_name(name)
@@ -164,6 +164,27 @@ def load_for_inference(
         from .export.runtime import load_exported
 
         return load_exported(name, device, dtype, overrides)
+    model = prepare_for_inference(load_checkpoint(name, device, overrides), dtype)
+    return model, AutoProcessor.from_pretrained(name)
+
+
+def load_checkpoint(name: str, device: str | None = None, overrides: dict | None = None) -> DeformVosModel:
+    """
+    Load a model as it is trained and adapted: in float32, in evaluation mode, its batch norms not folded.
+
+    Args:
+        name (`str`): a folder or a Hub repository.
+        device (`str`, *optional*): see [`resolve_device`].
+        overrides (`dict`, *optional*): values for fields of the model's configuration.
+
+    Raises:
+        ValueError: if the checkpoint is no DeformVOS model, lacks weights or is an exported one, or an override names
+            no field.
+        OSError: if there is no such model.
+    """
+    _check_name(name)
+    if is_exported(name):
+        raise ValueError(f"{name} holds an exported model, which is for inference alone; name the checkpoint itself.")
     target = resolve_device(device)
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
         raise ValueError(f"The folder {name} holds no config.json: it is no model.")
@@ -180,10 +201,21 @@ def load_for_inference(
             f"The checkpoint {name} does not fit its configuration: {len(missing)} weights are missing or of another "
             f"shape, among them {', '.join(missing[:3])}."
         )
-    model = model.eval().fold_batch_norm().to(target, getattr(torch, dtype), memory_format=torch.channels_last)
-    if target.type == "cpu":
+    return model.eval().to(target)
+
+
+def prepare_for_inference(model: DeformVosModel, dtype: str = "float32") -> DeformVosModel:
+    """
+    Fold a model's batch norms and cast it, in place; on a CPU with [`keep_freed_memory`].
+
+    Args:
+        model ([`DeformVosModel`]): in evaluation mode.
+        dtype (`str`, defaults to `"float32"`): precision of the weights.
+    """
+    model = model.fold_batch_norm().to(dtype=getattr(torch, dtype), memory_format=torch.channels_last)
+    if model.device.type == "cpu":
         _reuse_memory(model)
-    return model, AutoProcessor.from_pretrained(name)
+    return model
 
 
 def is_exported(name: str) -> bool:
@@ -241,7 +273,9 @@ __all__ = [
     "hash_weights",
     "is_exported",
     "keep_freed_memory",
+    "load_checkpoint",
     "load_for_inference",
+    "prepare_for_inference",
     "resolve_device",
     "sha256_of",
     "size_option",

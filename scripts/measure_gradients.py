@@ -31,8 +31,7 @@ from hf_deformvos.training import TrainingConfig
 from hf_deformvos.training.distillation_task import DistillationTask, DistillationWeights
 from hf_deformvos.training.models import Teacher, build_student
 from hf_deformvos.training.sources import open_data
-from hf_deformvos.training.task import StepPlan
-from hf_deformvos.training.trainer import step_generator
+from hf_deformvos.training.task import StepPlan, step_generator
 
 
 RECORD = NUMBERS / "gradients.json"

@@ -80,7 +80,7 @@ def fake_model(inference_session, frame, frame_idx):
 def fake(monkeypatch):
     processor = FakeProcessor()
     loaded = segment.LoadedModel(fake_model, processor, "fake", "0" * 64, "cpu", "float32")
-    monkeypatch.setattr(segment, "load_model", lambda arguments: loaded)
+    monkeypatch.setattr(segment, "load_model", lambda arguments, masks: loaded)
     return processor
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from .score import Table, add_dataset_arguments, at_least, chosen_sequences, load_dataset
-from .speed import add_speed_arguments, resolve_speed
+from .speed import adaptation_config, add_adaptation_arguments, add_speed_arguments, resolve_speed
 
 
 _DESCRIPTION = """\
@@ -68,6 +68,7 @@ def add_parser(subparsers) -> None:
         default=[],
         help="another value for a field of the model's configuration, as use_offsets=false; may be repeated",
     )
+    add_adaptation_arguments(parser, "each sequence's first masks")
     parser.add_argument(
         "--save-masks",
         metavar="DIR",
@@ -108,6 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
         short_side=arguments.short_side,
         memory_interval=arguments.memory_interval,
         overrides=dict(parse_override(text) for text in arguments.override),
+        adaptation=adaptation_config(arguments),
         save_masks=arguments.save_masks,
         resume=arguments.resume,
     )

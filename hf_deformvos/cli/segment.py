@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .score import at_least
-from .speed import add_speed_arguments, resolve_speed
+from .speed import adaptation_config, add_adaptation_arguments, add_speed_arguments, resolve_speed
 
 
 DEFAULT_HUB_MODEL = "deformvos/deformvos-student"
@@ -81,6 +81,7 @@ def add_parser(subparsers) -> None:
         help="colours of the overlay (default davis); colorblind stays apart for colour-blind viewers",
     )
     add_speed_arguments(parser)
+    add_adaptation_arguments(parser, "the frames that have a --mask")
     parser.add_argument("--max-frames", metavar="N", type=at_least(1), help="stop after so many frames")
     parser.add_argument("--threads", metavar="N", type=at_least(1), help="CPU threads of the network (default: all)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
@@ -98,6 +99,7 @@ class LoadedModel:
     sha256: str | None
     device: str
     dtype: str
+    adaptation: dict | None = None
 
 
 @dataclass
@@ -122,13 +124,15 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(
                 f"--mask-frame must be below the number of frames read, {limit}, got {last}; frames count from 0."
             )
+        if reader.info.kind == "camera" and adaptation_config(arguments) is not None:
+            raise ValueError("--adapt takes time before anything is followed; a camera does not wait. Leave it out.")
         masks = {index: read_mask(path, (reader.info.height, reader.info.width)) for index, path in mask_files.items()}
         output = Path(arguments.output or Path("deformvos-output", _folder_name(arguments.video)))
         overlay = Path(arguments.overlay) if arguments.overlay else None
         _keep_inputs([arguments.video, *mask_files.values()], output, overlay)
         writer = H264Writer(overlay, fps=reader.info.fps) if overlay else None
         old = _earlier_results(output, overlay, arguments.overwrite)
-        loaded = load_model(arguments)
+        loaded = load_model(arguments, masks)
         _prepare_output(output, overlay, old)
         job = _Job(arguments, reader, masks, output, writer, loaded)
         job.run()
@@ -284,6 +288,7 @@ class _Job:
                 "sha256": self.loaded.sha256,
                 "device": self.loaded.device,
                 "dtype": self.loaded.dtype,
+                "adaptation": self.loaded.adaptation,
             },
             "object_ids": sorted(self.results.object_ids),
             "mask_frames": sorted(self.masks),
@@ -340,8 +345,11 @@ class _Clock:
         self._last = now
 
 
-def load_model(arguments: argparse.Namespace) -> LoadedModel:
-    """Loads model and processor as the arguments say; `ValueError` or `OSError` for what cannot be loaded."""
+def load_model(arguments: argparse.Namespace, masks: dict) -> LoadedModel:
+    """
+    Loads model and processor as the arguments say, adapted to the frames of `masks` if they say so; `ValueError` or
+    `OSError` for what cannot be loaded.
+    """
     import torch
     from transformers.utils import logging
 
@@ -352,8 +360,47 @@ def load_model(arguments: argparse.Namespace) -> LoadedModel:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     name = arguments.model or default_model()
+    adaptation = adaptation_config(arguments)
+    if adaptation is not None:
+        return _load_adapted(arguments, name, adaptation, masks)
     model, processor = load_for_inference(name, arguments.device, arguments.dtype)
     return LoadedModel(model, processor, name, hash_weights(name), str(model.device), arguments.dtype)
+
+
+def _load_adapted(arguments: argparse.Namespace, name: str, config, masks: dict) -> LoadedModel:
+    """A model that has learned the objects of all masks from their frames, which are read beforehand."""
+    from tqdm import tqdm
+    from transformers import AutoProcessor
+
+    from ..adaptation import adapt
+    from ..inference import hash_weights, load_checkpoint, prepare_for_inference
+
+    frames = _read_frames(arguments, sorted(masks))
+    base = load_checkpoint(name, arguments.device)
+    started = time.perf_counter()
+    with tqdm(total=config.steps, desc="adapting", unit="step", disable=arguments.quiet) as bar:
+        given = [masks[index] for index in frames]
+        model = adapt(base, list(frames.values()), given, config, progress=lambda done, total: bar.update())
+    model = prepare_for_inference(model, arguments.dtype)
+    processor = AutoProcessor.from_pretrained(name)
+    adaptation = {**asdict(config), "seconds": round(time.perf_counter() - started, 3)}
+    return LoadedModel(model, processor, name, hash_weights(name), str(model.device), arguments.dtype, adaptation)
+
+
+def _read_frames(arguments: argparse.Namespace, indices: list[int]) -> dict:
+    """Frames of a video by their numbers, without keeping the others."""
+    from hf_deformvos.video import VideoReader
+
+    found = {}
+    with VideoReader(arguments.video, max_frames=indices[-1] + 1) as reader:
+        with closing(iter(reader)) as frames:
+            for frame in frames:
+                if frame.index in indices:
+                    found[frame.index] = frame.image
+    if len(found) < len(indices):
+        missing = next(index for index in indices if index not in found)
+        raise ValueError(f"the video ends before frame {missing}, which a mask is given for; frames count from 0.")
+    return found
 
 
 def default_model() -> str:

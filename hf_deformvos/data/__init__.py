@@ -5,12 +5,13 @@ from .dataset_export import ExportedDataset, SplitCounts, export_davis
 from .davis import HELD_OUT_SEQUENCES, davis_sequences, list_davis, load_davis
 from .hub_dataset import load_hub_dataset, open_hub_dataset
 from .static import list_static_set, load_static_sets
-from .store import VOID, Frame, FrameEntry, FrameStore, ObjectBox, read_mask
-from .transforms import AugmentConfig, ClipBatch, augment_clips
+from .store import VOID, ArrayStore, Frame, FrameEntry, FrameStore, ObjectBox, read_mask
+from .transforms import AugmentConfig, ClipBatch, augment_clips, recompose
 from .youtube_vos import list_youtube_vos, load_youtube_vos
 
 
 __all__ = [
+    "ArrayStore",
     "AugmentConfig",
     "ClipBatch",
     "ClipSampler",
@@ -37,4 +38,5 @@ __all__ = [
     "load_youtube_vos",
     "open_hub_dataset",
     "read_mask",
+    "recompose",
 ]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .store import VOID, FrameStore, ObjectBox
+from .store import VOID, ArrayStore, FrameStore, ObjectBox
 
 
 VIDEO_MARGIN = 1.15
@@ -76,7 +76,7 @@ class ClipSampler:
 
     Args:
         videos (sequence of [`FrameStore`]): Stores with sequences of several frames.
-        statics (sequence of [`FrameStore`]): Stores of still images.
+        statics (sequence of [`FrameStore`] or [`ArrayStore`]): Stores of still images.
         seed (`int`): Seed of all draws.
 
     Raises:
@@ -120,7 +120,7 @@ class ClipSampler:
                 self._draw_video(rng, spec, frames[position], masks[position])
         return RawBatch(torch.from_numpy(frames), torch.from_numpy(masks), torch.from_numpy(is_static), spec.size)
 
-    def _batch_statics(self, index: int, spec: ClipSpec) -> list[tuple[FrameStore, int]]:
+    def _batch_statics(self, index: int, spec: ClipSpec) -> list[tuple[FrameStore | ArrayStore, int]]:
         """The still images that a batch draws from: all, or those of one set, larger sets being likelier."""
         rng = np.random.default_rng([self.seed, index])
         if not self._static_sets or rng.random() >= spec.kin:
@@ -131,7 +131,7 @@ class ClipSampler:
     @staticmethod
     def _draw_static(
         rng: np.random.Generator,
-        statics: list[tuple[FrameStore, int]],
+        statics: list[tuple[FrameStore | ArrayStore, int]],
         spec: ClipSpec,
         frames: np.ndarray,
         masks: np.ndarray,

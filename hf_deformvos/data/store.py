@@ -181,6 +181,32 @@ def find_objects(mask: np.ndarray) -> list[ObjectBox]:
     return objects
 
 
+class ArrayStore:
+    """
+    Still images in memory, for whoever has arrays and no files; what [`ClipSampler`] reads of a [`FrameStore`].
+
+    Args:
+        images (`list[np.ndarray]`): uint8 of shape `(height, width, 3)`.
+        masks (`list[np.ndarray]`): uint8 ids of shape `(height, width)`, 255 = void.
+    """
+
+    def __init__(self, images: list[np.ndarray], masks: list[np.ndarray]):
+        self._images, self._masks = images, masks
+        self.sizes = [mask.shape for mask in masks]
+        self.objects = [find_objects(mask) for mask in masks]
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def image(self, index: int) -> np.ndarray:
+        """Image `index`."""
+        return self._images[index]
+
+    def mask(self, index: int) -> np.ndarray:
+        """Mask `index`."""
+        return self._masks[index]
+
+
 class FrameStore:
     """
     Decoded frames of one data set, of any sizes, in two flat memory-mapped files.

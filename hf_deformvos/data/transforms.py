@@ -20,6 +20,8 @@ _STEADY_FRAMES = 5
 _TWINS = 0.3
 # Share of occluders that are bars; the others are blobs.
 _BARS = 0.5
+# Range in which objects that go their own way are enlarged.
+_RECOMPOSED_SCALE = (0.7, 1.3)
 
 
 @dataclass(frozen=True)
@@ -558,6 +560,47 @@ def _paste_all(images: torch.Tensor, ids: torch.Tensor, config: AugmentConfig, g
     # Only now: until here every clip may still be a donor.
     for index, (clip, labels) in changed.items():
         images[index], ids[index] = clip, labels
+
+
+def recompose(
+    clips: ClipBatch,
+    backdrops: ClipBatch,
+    share: float,
+    leave: float,
+    generator: torch.Generator,
+    min_area: int = AugmentConfig.min_area,
+) -> ClipBatch:
+    """
+    Lets the objects of some clips go their own ways in front of other backgrounds (Khoreva et al., Lucid data dreaming
+    for video object segmentation, arXiv 1703.09554).
+
+    Args:
+        clips ([`ClipBatch`]): Where the objects come from; not changed.
+        backdrops ([`ClipBatch`]): As many clips of the same size, which show none of the objects. Only their void
+            counts of their masks.
+        share (`float`): Probability that a clip is recomposed; the others stay as they are.
+        leave (`float`): Probability that an object's path leads out of the picture.
+        generator (`torch.Generator`): A CPU generator.
+        min_area (`int`): Pixels an object must show in the first frame to count as given.
+
+    Returns:
+        [`ClipBatch`]
+    """
+    images, ids = clips.pixel_values.clone(), clips.id_masks.clone()
+    chosen = torch.rand(len(ids), generator=generator) < share
+    for index in torch.nonzero(chosen).flatten().tolist():
+        areas = _first_areas(clips.id_masks[index : index + 1])[0].tolist()
+        present = [number for number, area in enumerate(areas, start=1) if area >= 3 * min_area]
+        void = backdrops.id_masks[index] == VOID
+        clip, labels = backdrops.pixel_values[index], torch.where(void, VOID, 0)
+        for position in torch.randperm(len(present), generator=generator).tolist():
+            leaves = bool(torch.rand((), generator=generator) < leave)
+            source = clips.pixel_values[index], clips.id_masks[index]
+            layer = _draw_layer(*source, present[position], _RECOMPOSED_SCALE, generator, leaves)
+            clip, labels = _composite(clip, labels, layer, present[position], in_front=True)
+        if int(_first_areas(labels[None]).max()) >= min_area:
+            images[index], ids[index] = clip, labels
+    return ClipBatch(images, *compact_ids(ids.to(torch.uint8), min_area))
 
 
 def compact_ids(ids: torch.Tensor, min_area: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -121,9 +121,16 @@ def summarize_speed(timings: "Iterable[StreamTiming]") -> dict:
     return {
         "frames_per_second": sum(timing.num_frames for timing in timings) / seconds if timings else None,
         "network_ms_median": stdlib_statistics.median(medians) if medians else None,
+        **_adaptation(timings),
         "peak_memory_bytes": peak("peak_memory_bytes"),
         "peak_device_memory_bytes": peak("peak_device_memory_bytes"),
     }
+
+
+def _adaptation(timings: "list[StreamTiming]") -> dict:
+    """Median seconds of adapting to a sequence; nothing where there was no adaptation."""
+    seconds = [timing.adaptation_seconds for timing in timings if timing.adaptation_seconds is not None]
+    return {"adaptation_seconds_median": stdlib_statistics.median(seconds)} if seconds else {}
 
 
 def scores_as_dict(dataset: EvaluationDataset, scores: list[SequenceScore]) -> dict:

@@ -7,16 +7,25 @@ import statistics as stdlib_statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image
+from transformers import AutoProcessor
 from transformers.utils import logging
 
-from ..inference import hash_weights, load_for_inference, resolve_device, size_option
+from ..adaptation import AdaptationConfig, adapt
+from ..inference import (
+    hash_weights,
+    load_checkpoint,
+    load_for_inference,
+    prepare_for_inference,
+    resolve_device,
+    size_option,
+)
 from ..video.writer import write_palette_png
 from .layouts import EvaluationDataset, EvaluationSequence, limit_short_side
 from .macs import count_macs as counting_macs
@@ -44,6 +53,9 @@ class RunnerConfig:
         short_side (`int`, *optional*): Short side of the network's input in pixels, instead of the processor's.
         memory_interval (`int`, *optional*): Instead of the configuration's.
         overrides (`dict`, *optional*): Values for other fields of the model's configuration, such as `use_offsets`.
+        adaptation ([`~hf_deformvos.adaptation.AdaptationConfig`], *optional*):
+            How a copy of the model is adapted to each sequence's first given masks, before it follows them. By default
+            it is not.
         save_masks (`str`, *optional*): Folder for palette PNGs, `<folder>/<sequence>/<frame>.png`.
         resume (`bool`, *optional*, defaults to `False`):
             Whether a sequence whose masks all lie in `save_masks`, of the same weights and settings, is not run again.
@@ -59,6 +71,7 @@ class RunnerConfig:
     short_side: int | None = None
     memory_interval: int | None = None
     overrides: dict = field(default_factory=dict)
+    adaptation: AdaptationConfig | None = None
     save_masks: str | None = None
     resume: bool = False
 
@@ -83,6 +96,8 @@ class StreamTiming:
         stream_seconds (`float`): Decoding, resizing, network, masks at full size and their files, one after the other.
         network_ms (`float`, *optional*): Median of the network's time a frame, first frames and new objects left out.
         network_size (`tuple[int, int]`): Height and width of the network's input.
+        adaptation_seconds (`float`, *optional*): Of adapting the model to the given masks, which is no part of
+            `stream_seconds`; `None` where it is not adapted.
         peak_memory_bytes (`int`, *optional*): Peak resident memory of the process so far.
         peak_device_memory_bytes (`int`, *optional*): Peak memory allocated on a CUDA device so far.
     """
@@ -93,6 +108,7 @@ class StreamTiming:
     network_size: tuple[int, int]
     peak_memory_bytes: int | None
     peak_device_memory_bytes: int | None
+    adaptation_seconds: float | None = None
 
     @property
     def frames_per_second(self) -> float:
@@ -165,6 +181,7 @@ class SequenceRunner:
         dtype (`torch.dtype`): Of the frames given to it.
         short_side (`int`, *optional*): Short side of the network's input in pixels, instead of the processor's.
         save_masks (`Path`, *optional*): Folder for palette PNGs.
+        adapt (callable, *optional*): Makes the model that follows a sequence, from `model`, a picture and its id map.
     """
 
     def __init__(
@@ -175,8 +192,10 @@ class SequenceRunner:
         dtype: torch.dtype,
         short_side: int | None = None,
         save_masks: Path | None = None,
+        adapt: Callable[[object, Image.Image, np.ndarray], object] | None = None,
     ):
         self.model = model
+        self.adapt = adapt
         self.processor = processor
         self.device = device
         self.dtype = dtype
@@ -257,6 +276,9 @@ class SequenceStream:
 
     def __init__(self, runner: SequenceRunner, name: str, max_short_side: int | None = None):
         self.runner = runner
+        # Adapted at the first given mask, if the runner does that.
+        self.model = None if runner.adapt else runner.model
+        self.adaptation_seconds: float | None = None
         self.name = name
         self.max_short_side = max_short_side
         self.session = runner.processor.init_video_session(video=None, device=runner.device, dtype=runner.dtype)
@@ -274,6 +296,8 @@ class SequenceStream:
         size = (image.height, image.width)
         if given is not None and given[1].shape != size:
             raise ValueError(f"The mask of {frame.label} must have its size {size}, got {given[1].shape}.")
+        if given is not None and self.model is None:
+            start += self._adapt(image, given[1])
         if given is None and self.next_index == 0:
             ids = np.zeros(size, dtype=np.uint8)
         else:
@@ -292,6 +316,13 @@ class SequenceStream:
             self.seconds += time.perf_counter() - start
             self.num_frames += 1
         return ids
+
+    def _adapt(self, image: Image.Image, given: np.ndarray) -> float:
+        """Makes the model of this sequence; returns the seconds that took."""
+        start = time.perf_counter()
+        self.model = self.runner.adapt(self.runner.model, image, given) if given.any() else self.runner.model
+        self.adaptation_seconds = time.perf_counter() - start
+        return self.adaptation_seconds
 
     def _add_objects(self, object_ids: list[int], given: np.ndarray) -> None:
         """Gives the session the objects that start in this frame."""
@@ -318,14 +349,14 @@ class SequenceStream:
         """One step of the model, timed or counted."""
         if count_macs:
             with counting_macs() as macs, torch.no_grad():
-                output = self.runner.model(inference_session=self.session, frame=pixel_values)
+                output = self.model(inference_session=self.session, frame=pixel_values)
             # Nothing is counted of an exported model: its products are not PyTorch's.
             self.macs = macs.value or None
             return output
         _synchronize(self.runner.device)
         start = time.perf_counter()
         with torch.no_grad():
-            output = self.runner.model(inference_session=self.session, frame=pixel_values)
+            output = self.model(inference_session=self.session, frame=pixel_values)
         _synchronize(self.runner.device)
         if timed:
             self.step_times.append(time.perf_counter() - start)
@@ -352,13 +383,17 @@ class SequenceStream:
             network_size=self.network_size or (0, 0),
             peak_memory_bytes=peak_memory(),
             peak_device_memory_bytes=torch.cuda.max_memory_allocated(self.runner.device) if on_cuda else None,
+            adaptation_seconds=self.adaptation_seconds,
         )
 
 
 def load_pretrained(config: RunnerConfig) -> tuple:
-    """Loads the model and the processor that a [`RunnerConfig`] names."""
+    """Loads the model and the processor that a [`RunnerConfig`] names; the model to be adapted as it was trained."""
     overrides = {} if config.memory_interval is None else {"memory_interval": config.memory_interval}
-    return load_for_inference(config.model, config.device, config.dtype, overrides | config.overrides)
+    overrides |= config.overrides
+    if config.adaptation is None:
+        return load_for_inference(config.model, config.device, config.dtype, overrides)
+    return load_checkpoint(config.model, config.device, overrides), AutoProcessor.from_pretrained(config.model)
 
 
 def load_runner(config: RunnerConfig, loader: Callable[[RunnerConfig], tuple] = load_pretrained) -> SequenceRunner:
@@ -366,7 +401,12 @@ def load_runner(config: RunnerConfig, loader: Callable[[RunnerConfig], tuple] = 
     model, processor = loader(config)
     folder = Path(config.save_masks) if config.save_masks else None
     device, dtype = resolve_device(config.device), getattr(torch, config.dtype)
-    return SequenceRunner(model, processor, device, dtype, config.short_side, folder)
+
+    def adapted(model, image: Image.Image, given: np.ndarray):
+        return prepare_for_inference(adapt(model, [image], [given], config.adaptation), config.dtype)
+
+    options = {"adapt": adapted} if config.adaptation else {}
+    return SequenceRunner(model, processor, device, dtype, config.short_side, folder, **options)
 
 
 def evaluate(
@@ -468,6 +508,7 @@ def _prepare_folder(dataset: EvaluationDataset, config: RunnerConfig, weights_sh
         "short_side": config.short_side,
         "memory_interval": config.memory_interval,
         "overrides": config.overrides,
+        "adaptation": asdict(config.adaptation) if config.adaptation else None,
         "frames": {sequence.name: len(sequence.images) for sequence in dataset.sequences},
     }
     finished = _finished_sequences(dataset, folder, identity) if config.resume else set()

@@ -1,4 +1,10 @@
-"""Training: configuration, losses, tasks and the loop."""
+"""
+Training: configuration, losses, tasks and the loop.
+
+Everything but the loop runs on what the package itself needs; [`Trainer`] needs the extra `train`.
+"""
+
+from typing import TYPE_CHECKING
 
 from .config import Stage, TrainingConfig
 from .distillation import (
@@ -13,7 +19,19 @@ from .distillation_task import DistillationTask, DistillationWeights
 from .heldout import HeldOutEvaluation
 from .losses import bootstrapped_cross_entropy, soft_jaccard_loss
 from .task import SegmentationTask, StepPlan
-from .trainer import Trainer
+
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+
+def __getattr__(name: str):
+    """Imports the loop, and accelerate with it, when it is asked for."""
+    if name == "Trainer":
+        from .trainer import Trainer
+
+        return Trainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __all__ = [

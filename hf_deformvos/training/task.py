@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,12 @@ class StepPlan:
 
     own_masks: float = 0.0
     bootstrap_share: float = 1.0
+
+
+def step_generator(seed: int, index: int) -> torch.Generator:
+    """The generator of batch number `index`: nothing random in a step depends on the steps before it."""
+    digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def draw_slots(batch: int, num_objects: int, max_objects: int, generator: torch.Generator) -> torch.Tensor:

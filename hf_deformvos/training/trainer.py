@@ -34,7 +34,7 @@ from .losses import bootstrap_share
 from .optimization import FreezeSchedule, learning_rate_factor, parameter_groups
 from .runlog import RunLog
 from .stopwatch import Stopwatch
-from .task import SegmentationTask, StepPlan
+from .task import SegmentationTask, StepPlan, step_generator
 
 
 logger = logging.get_logger(__name__)
@@ -42,12 +42,6 @@ logger = logging.get_logger(__name__)
 _MAX_SKIPPED_STEPS = 20
 # Reading data for the first time, which one process does for all, may take hours.
 _PATIENCE = timedelta(hours=12)
-
-
-def step_generator(seed: int, index: int) -> torch.Generator:
-    """The generator of batch number `index`: nothing random in a step depends on the steps before it."""
-    digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 @contextmanager

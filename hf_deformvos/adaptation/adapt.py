@@ -1,0 +1,200 @@
+"""A few training steps on the frames in which objects are given."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from ..data.clips import ClipSpec
+from ..data.store import VOID
+from ..image_processing_deformvos import STRIDE
+from ..inference import fastest_dtype
+from ..training.optimization import learning_rate_factor
+from ..training.task import SegmentationTask, StepPlan, step_generator
+from .clips import GivenFrames
+
+
+_WARM_UP = 0.1
+_POWER = 0.9
+_MAX_GRADIENT = 1.0
+# The network's input; a larger frame has nothing more to teach.
+_MAX_SHORT_SIDE = 480
+# Of clips, as a ratio of their sides.
+_MOST_ELONGATED = 2.0
+
+
+@dataclass(frozen=True)
+class AdaptationConfig:
+    """
+    How a model is adapted.
+
+    Args:
+        steps (`int`): Training steps.
+        learning_rate (`float`): Peak rate of AdamW.
+        short_side (`int`): Short side of the clips in pixels, rounded to 16k+1.
+        num_frames (`int`): Frames a clip.
+        batch_size (`int`): Clips a step.
+        recomposed (`float`): Share of the clips whose objects go their own ways, see [`GivenFrames`].
+        leave (`float`): Probability that such an object leaves the picture.
+        own_masks (`float`): Probability that memory is written with the model's own masks.
+        bootstrap_share (`float`): Share of hardest pixels that the cross-entropy keeps.
+        train_backbone (`bool`): Whether the backbone learns, too; it is frozen by default.
+        seed (`int`): Seed of all draws: the same frames, masks and seed give the same weights on the same machine.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    steps: int = 40
+    learning_rate: float = 3e-4
+    short_side: int = 257
+    num_frames: int = 4
+    batch_size: int = 4
+    recomposed: float = 0.5
+    leave: float = 0.2
+    own_masks: float = 0.5
+    bootstrap_share: float = 0.3
+    train_backbone: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        least = {"steps": 1, "short_side": 65, "num_frames": 2, "batch_size": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"`{name}` must be at least {value}, got {getattr(self, name)}.")
+        if not self.learning_rate > 0:
+            raise ValueError(f"`learning_rate` must be above 0, got {self.learning_rate}.")
+        for name in ("recomposed", "leave", "own_masks", "bootstrap_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"`{name}` must be a share between 0 and 1, got {getattr(self, name)}.")
+
+
+def adapt(
+    model,
+    images: Sequence[Image.Image | np.ndarray],
+    masks: Sequence[np.ndarray],
+    config: AdaptationConfig | None = None,
+    progress: Callable[[int, int], None] | None = None,
+):
+    """
+    A copy of a model that has learned the objects of given frames.
+
+    The frames are all that it learns from: warped, and taken apart into objects and background that move on their own.
+    What it costs is spent once, before the first frame is followed; sessions of the copy are as fast and as small as
+    those of the model. Fine-tuning on the first frame goes back to Caelles et al., One-shot video object segmentation
+    (arXiv 1611.05198); the clips to Khoreva et al. (arXiv 1703.09554).
+
+    Args:
+        model ([`DeformVosModel`]): Not folded; it stays as it is.
+        images (sequence of `PIL.Image.Image` or `np.ndarray`): Frames in which objects are given; arrays are uint8 of
+            shape `(height, width, 3)`.
+        masks (sequence of `np.ndarray`): Their id maps, integers of shape `(height, width)`; 0 is background.
+        config ([`AdaptationConfig`], *optional*): How.
+        progress (callable, *optional*): Called with the steps that are done, and all there are.
+
+    Returns:
+        [`DeformVosModel`]: in float32 and evaluation mode, on the model's device.
+
+    Raises:
+        ValueError: If the model cannot be trained (folded, or exported), an image and its mask do not fit, or no mask
+            shows an object.
+
+    Example:
+
+    ```python
+    from hf_deformvos.adaptation import adapt
+
+    adapted = adapt(model, [first_frame], [id_map])
+    session = processor.init_video_session(video)
+    ```
+    """
+    config = config or AdaptationConfig()
+    _check_trainable(model)
+    images, masks = _prepare(images, masks)
+    spec = ClipSpec(_clip_size(masks[0].shape, config.short_side), config.num_frames, config.batch_size)
+    clips = GivenFrames(images, masks, spec, config.recomposed, config.leave, config.seed)
+    # Commands call this in the midst of inference.
+    with torch.inference_mode(False), torch.enable_grad():
+        adapted = copy.deepcopy(model).float().train()
+        _train(adapted, clips, config, progress or (lambda done, total: None))
+    return adapted.eval()
+
+
+def _check_trainable(model) -> None:
+    """Refuses what has no weights to train."""
+    if not isinstance(model, nn.Module):
+        raise ValueError("An exported model cannot be adapted: it has no weights to train. Take its checkpoint.")
+    if model.backbone.is_folded:
+        raise ValueError("A model is adapted before its batch norms are folded: call `adapt`, then `fold_batch_norm`.")
+
+
+def _prepare(
+    images: Sequence[Image.Image | np.ndarray], masks: Sequence[np.ndarray]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Arrays of the network's size, ids numbered from 1; checked."""
+    if len(images) != len(masks) or not images:
+        raise ValueError(f"Every image needs its mask, got {len(images)} images and {len(masks)} masks.")
+    ids = sorted({int(value) for mask in masks for value in np.unique(mask)} - {0})
+    if len(ids) >= VOID:
+        raise ValueError(f"At most {VOID - 1} objects can be adapted to at once, got {len(ids)}.")
+    ready_images, ready_masks = [], []
+    for number, (image, mask) in enumerate(zip(images, masks, strict=True)):
+        picture = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+        mask = np.asarray(mask)
+        if mask.shape != (picture.height, picture.width):
+            size = (picture.height, picture.width)
+            raise ValueError(f"Mask {number} must have the size of its image, {size}, got {mask.shape}.")
+        if not mask.any():
+            continue
+        scale = min(1.0, _MAX_SHORT_SIDE / min(mask.shape))
+        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        numbered = Image.fromarray(np.searchsorted(ids, mask, side="right").astype(np.uint8))
+        ready_images.append(np.array(picture.convert("RGB").resize(size, Image.BILINEAR)))
+        ready_masks.append(np.array(numbered.resize(size, Image.NEAREST)))
+    if not ready_masks:
+        raise ValueError("There is nothing to adapt to: no mask shows an object. Give a mask with ids above 0.")
+    return ready_images, ready_masks
+
+
+def _clip_size(frame: tuple[int, int], short_side: int) -> tuple[int, int]:
+    """Height and width of clips: the frame's shape, no more elongated than the augmentation is made for."""
+    tokens = max(1, round((short_side - 1) / STRIDE))
+    ratio = min(max(frame) / min(frame), _MOST_ELONGATED)
+    short, long = (STRIDE * count + 1 for count in (tokens, round(tokens * ratio)))
+    return (short, long) if frame[0] <= frame[1] else (long, short)
+
+
+def _train(model, clips: GivenFrames, config: AdaptationConfig, progress: Callable[[int, int], None]) -> None:
+    """Trains a model in place; which of its parameters require gradients is as before afterwards."""
+    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.requires_grad_(True)
+    model.backbone.requires_grad_(config.train_backbone)
+    if config.train_backbone:
+        model.backbone.freeze_pretrained()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
+    task, device = SegmentationTask(model), model.device
+    plan = StepPlan(config.own_masks, config.bootstrap_share)
+    is_fast = fastest_dtype(device.type) == "bfloat16"
+    for step in range(config.steps):
+        factor = learning_rate_factor(step / config.steps, step, _WARM_UP, _POWER)
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * factor
+        generator = step_generator(config.seed, step)
+        batch = clips(step, generator, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_fast):
+            loss = task(batch, plan, generator)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, _MAX_GRADIENT)
+        optimizer.step()
+        progress(step + 1, config.steps)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(wanted[name])
+        parameter.grad = None

@@ -75,6 +75,70 @@ class AdaptationConfig:
                 raise ValueError(f"`{name}` must be a share between 0 and 1, got {getattr(self, name)}.")
 
 
+class Adaptation:
+    """
+    The training of a copy of a model, in steps that the caller paces; [`adapt`] goes through all of them.
+
+    Args:
+        model, images, masks, config: See [`adapt`].
+
+    Attributes:
+        config ([`AdaptationConfig`]): How.
+        done (`int`): Steps that have been made, of `config.steps`.
+    """
+
+    def __init__(
+        self,
+        model,
+        images: Sequence[Image.Image | np.ndarray],
+        masks: Sequence[np.ndarray],
+        config: AdaptationConfig | None = None,
+    ):
+        _check_trainable(model)
+        self.config, self.done = config or AdaptationConfig(), 0
+        config = self.config
+        images, masks = _prepare(images, masks)
+        spec = ClipSpec(_clip_size(masks[0].shape, config.short_side), config.num_frames, config.batch_size)
+        self._clips = GivenFrames(images, masks, spec, config.recomposed, config.leave, config.seed)
+        self._plan = StepPlan(config.own_masks, config.bootstrap_share)
+        self._is_learning = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        # Commands adapt in the midst of inference.
+        with torch.inference_mode(False):
+            self._model = copy.deepcopy(model).float().train()
+            self._model.requires_grad_(True).backbone.requires_grad_(config.train_backbone)
+            if config.train_backbone:
+                self._model.backbone.freeze_pretrained()
+            self._parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+            self._optimizer = torch.optim.AdamW(self._parameters, lr=config.learning_rate, weight_decay=0.0)
+            self._task = SegmentationTask(self._model)
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def step(self) -> float:
+        """Makes one step; returns its loss."""
+        config, device = self.config, self._model.device
+        factor = learning_rate_factor(self.done / config.steps, self.done, _WARM_UP, _POWER)
+        for group in self._optimizer.param_groups:
+            group["lr"] = config.learning_rate * factor
+        generator = step_generator(config.seed, self.done)
+        batch = self._clips(self.done, generator, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=fastest_dtype(device.type) == "bfloat16"):
+            loss = self._task(batch, self._plan, generator)["loss"]
+        self._optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self._parameters, _MAX_GRADIENT)
+        self._optimizer.step()
+        self.done += 1
+        return loss.item()
+
+    def result(self):
+        """The copy, as far as it has learned, in evaluation mode; nothing is learned from then on."""
+        for name, parameter in self._model.named_parameters():
+            parameter.requires_grad_(self._is_learning[name])
+            parameter.grad = None
+        return self._model.eval()
+
+
 def adapt(
     model,
     images: Sequence[Image.Image | np.ndarray],
@@ -112,18 +176,17 @@ def adapt(
 
     adapted = adapt(model, [first_frame], [id_map])
     session = processor.init_video_session(video)
+    processor.add_inputs_to_inference_session(session, frame_idx=0, input_masks=id_map)
+    for output in adapted.propagate_in_video_iterator(session):
+        ...
     ```
     """
-    config = config or AdaptationConfig()
-    _check_trainable(model)
-    images, masks = _prepare(images, masks)
-    spec = ClipSpec(_clip_size(masks[0].shape, config.short_side), config.num_frames, config.batch_size)
-    clips = GivenFrames(images, masks, spec, config.recomposed, config.leave, config.seed)
-    # Commands call this in the midst of inference.
-    with torch.inference_mode(False), torch.enable_grad():
-        adapted = copy.deepcopy(model).float().train()
-        _train(adapted, clips, config, progress or (lambda done, total: None))
-    return adapted.eval()
+    adaptation = Adaptation(model, images, masks, config)
+    while adaptation.done < adaptation.config.steps:
+        adaptation.step()
+        if progress is not None:
+            progress(adaptation.done, adaptation.config.steps)
+    return adaptation.result()
 
 
 def _check_trainable(model) -> None:
@@ -168,33 +231,3 @@ def _clip_size(frame: tuple[int, int], short_side: int) -> tuple[int, int]:
     ratio = min(max(frame) / min(frame), _MOST_ELONGATED)
     short, long = (STRIDE * count + 1 for count in (tokens, round(tokens * ratio)))
     return (short, long) if frame[0] <= frame[1] else (long, short)
-
-
-def _train(model, clips: GivenFrames, config: AdaptationConfig, progress: Callable[[int, int], None]) -> None:
-    """Trains a model in place; which of its parameters require gradients is as before afterwards."""
-    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    model.requires_grad_(True)
-    model.backbone.requires_grad_(config.train_backbone)
-    if config.train_backbone:
-        model.backbone.freeze_pretrained()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
-    task, device = SegmentationTask(model), model.device
-    plan = StepPlan(config.own_masks, config.bootstrap_share)
-    is_fast = fastest_dtype(device.type) == "bfloat16"
-    for step in range(config.steps):
-        factor = learning_rate_factor(step / config.steps, step, _WARM_UP, _POWER)
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * factor
-        generator = step_generator(config.seed, step)
-        batch = clips(step, generator, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=is_fast):
-            loss = task(batch, plan, generator)["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, _MAX_GRADIENT)
-        optimizer.step()
-        progress(step + 1, config.steps)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(wanted[name])
-        parameter.grad = None

@@ -156,7 +156,11 @@ def _build_follow(ui: SimpleNamespace):
                     elem_id="model",
                 )
                 ui.quality = gr.Radio(
-                    list(QUALITIES), value="Standard", label="Quality", info="Fast is less exact", elem_id="quality"
+                    list(QUALITIES),
+                    value="Standard",
+                    label="Quality",
+                    info="Fast is less exact; adapted learns your objects first, which takes a while",
+                    elem_id="quality",
                 )
                 ui.direction = gr.Radio(_DIRECTIONS, value="both", label="Direction", elem_id="direction")
             ui.start = gr.HTML(elem_id="start")

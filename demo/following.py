@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -18,15 +18,42 @@ import torch
 from huggingface_hub import metadata_load
 from workspace import DemoError, Workspace
 
-from hf_deformvos.inference import PRESETS, fastest_dtype, load_for_inference, resolve_device, size_option
+from hf_deformvos.adaptation import Adaptation
+from hf_deformvos.inference import (
+    PRESETS,
+    fastest_dtype,
+    load_checkpoint,
+    load_for_inference,
+    prepare_for_inference,
+    resolve_device,
+    size_option,
+)
 from hf_deformvos.video import BackgroundWorker, prefetch
 
 
 logger = logging.getLogger(__name__)
 
 DIRECTIONS = ("forwards", "backwards", "both")
-# What each quality makes of a frame's short side; None is the size that the model was made for.
-QUALITIES: dict[str, int | None] = {name.capitalize(): PRESETS[name].short_side for name in ("fast", "standard")}
+
+
+@dataclass(frozen=True)
+class Quality:
+    """
+    A trade of accuracy for time.
+
+    Attributes:
+        short_side (`int`, *optional*): of frames at the network; by default that which the model was made for.
+        adapts (`bool`): whether the model first learns the objects from the frames that they are marked on.
+    """
+
+    short_side: int | None = None
+    adapts: bool = False
+
+
+QUALITIES = {
+    **{name.capitalize(): Quality(PRESETS[name].short_side) for name in ("fast", "standard")},
+    "Adapted": Quality(PRESETS["standard"].short_side, adapts=True),
+}
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _HERE = Path(__file__).resolve().parent
@@ -48,6 +75,7 @@ class Progress:
         seconds_left (`float`, *optional*): at that speed; `None` before it can be told.
         finished (`bool`): whether this is the last report.
         stopped (`bool`): whether the run was ended before all frames were done.
+        learned (`float`, *optional*): while the model learns the objects, the share of it that is done.
     """
 
     frame_idx: int
@@ -57,6 +85,7 @@ class Progress:
     seconds_left: float | None = None
     finished: bool = False
     stopped: bool = False
+    learned: float | None = None
 
 
 def available_models() -> dict[str, str]:
@@ -109,6 +138,7 @@ class Models:
 
     def __init__(self):
         self._loaded: dict[str, tuple] = {}
+        self._checkpoints: dict[str, object] = {}
         self._lock = threading.Lock()
 
     def get(self, name: str) -> tuple:
@@ -118,19 +148,27 @@ class Models:
         Raises:
             DemoError: if there is no such model, or it cannot be loaded.
         """
+        return self._get(self._loaded, name, lambda source: load_for_inference(source, dtype=native_dtype()))
+
+    def checkpoint(self, name: str):
+        """The model by label, as [`Adaptation`] takes it; errors as of `get`."""
+        return self._get(self._checkpoints, name, load_checkpoint)
+
+    def _get(self, kept: dict, name: str, load: Callable):
+        """What is kept under a label, loaded if it is not there yet."""
         with self._lock:
-            if name not in self._loaded:
+            if name not in kept:
                 known = available_models()
                 if name not in known:
                     raise DemoError(f"There is no model {name!r}; choose one of {', '.join(known) or 'none'}.")
                 try:
-                    self._loaded[name] = load_for_inference(known[name], dtype=native_dtype())
+                    kept[name] = load(known[name])
                 except Exception as error:  # of many libraries: network, safetensors, JSON, transformers
                     logger.exception(f"The model {known[name]} cannot be loaded.")
                     raise DemoError(
                         f"The model {name} cannot be loaded just now. Choose another one, or try again in a while."
                     ) from error
-            return self._loaded[name]
+            return kept[name]
 
 
 @dataclass(frozen=True)
@@ -183,7 +221,7 @@ def follow(
     Args:
         workspace ([`Workspace`]): with a video and marks.
         models ([`Models`]), model_name (`str`): a label of `available_models`.
-        quality (`str`): a key of `QUALITIES`.
+        quality (`str`): a key of `QUALITIES`; the model may first learn what is marked, on all marked frames.
         start (`int`): the frame to start from.
         direction (`str`, *optional*, defaults to `"both"`): one of `DIRECTIONS`; of both, forwards comes first.
         progress_every (`float`, *optional*, defaults to 0.2): seconds between reports.
@@ -202,7 +240,10 @@ def follow(
         shape = workspace.facts.height, workspace.facts.width
         yield run.report()
         try:
-            follower = _Follower(workspace, shape, *models.get(model_name), QUALITIES[quality])
+            model, processor = models.get(model_name)
+            if QUALITIES[quality].adapts:
+                model = yield from _adapt(workspace, models.checkpoint(model_name), run)
+            follower = _Follower(workspace, shape, model, processor, QUALITIES[quality].short_side)
             with _worker(run.write) as worker, closing(_through(passes, follower)) as results:
                 reported = time.perf_counter()
                 for frame_idx, id_map in results:
@@ -245,6 +286,20 @@ def _marked(workspace: Workspace, frame_idx: int) -> np.ndarray:
     """The ids of all pixels that are marked on a frame; none where the marks were cleared meanwhile."""
     ids = workspace.marks.get(frame_idx)
     return np.empty(0, dtype=np.uint8) if ids is None else ids[ids > 0]
+
+
+def _adapt(workspace: Workspace, checkpoint, run: _Run) -> Generator[Progress, None, object]:
+    """Reports while a copy of a model learns what is marked, and returns it; a stop ends that early."""
+    marked = [frame_idx for frame_idx in workspace.marks if len(_marked(workspace, frame_idx))]
+    images = [workspace.frames[frame_idx] for frame_idx in marked]
+    adaptation = Adaptation(checkpoint, images, [workspace.marks[frame_idx] for frame_idx in marked])
+    while adaptation.done < adaptation.config.steps:
+        yield replace(run.report(), learned=adaptation.done / adaptation.config.steps)
+        if workspace.should_stop:
+            break
+        adaptation.step()
+        workspace.touch()
+    return prepare_for_inference(adaptation.result(), native_dtype())
 
 
 @contextmanager

@@ -56,6 +56,7 @@ FILE_HINT = "An image of the video's proportions: black is background, every oth
 
 WAITING = "Waiting for its turn …"
 LOADING = "Getting ready …"
+LEARNING = "Learning your objects …"
 WRITING = "Writing the video …"
 STOPPED_EARLY = "Stopped before it began."
 GONE = "Nothing had happened here for a long time, so the server has removed your video. Upload it again to go on."
@@ -118,7 +119,9 @@ def progress_bar(share: float | None, text: str) -> str:
 
 
 def run_progress(progress: Progress) -> str:
-    """How far a run is: frames, speed, time left."""
+    """How far a run is: learning, then frames, speed, time left."""
+    if progress.learned is not None:
+        return progress_bar(progress.learned, LEARNING)
     if not progress.done:
         return progress_bar(None, LOADING)
     text = f"{progress.done} of {progress.total} frames"

@@ -56,7 +56,7 @@ def test_it_is_the_only_endpoint_and_says_what_it_takes(client):
     types = {name: entry["python_type"]["type"] for name, entry in parameters.items()}
     assert types["frame"] in {"int", "float"} and "filepath" in types["video"] and "filepath" in types["mask"]
     assert types["direction"] == "Literal['forwards', 'backwards', 'both']"
-    assert types["quality"] == "Literal['Fast', 'Standard']" and "Student" in types["model"]
+    assert types["quality"] == "Literal['Fast', 'Standard', 'Adapted']" and "Student" in types["model"]
     optional = [name for name, entry in parameters.items() if entry["parameter_has_default"]]
     defaults = {name: parameters[name]["parameter_default"] for name in optional}
     assert defaults == {"frame": 0, "direction": "both", "model": "Student", "quality": "Standard"}

@@ -15,6 +15,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 
@@ -30,6 +31,7 @@ from following import Models, Progress, available_models, follow
 from marking import box_to_mask, id_map_to_layer, layers_to_id_map, mask_file_to_id_map
 from workspace import PALETTE, DemoError, Limits, Workspace, Workspaces
 
+from hf_deformvos.adaptation import Adaptation, AdaptationConfig
 from hf_deformvos.video import VideoReader, read_palette_png
 
 
@@ -53,6 +55,10 @@ def models(tiny_model, tiny_processor):
         def get(self, name):
             assert name == "Tiny"
             return tiny_model, tiny_processor
+
+        def checkpoint(self, name):
+            assert name == "Tiny"
+            return tiny_model
 
     return Tiny()
 
@@ -701,6 +707,51 @@ def test_what_cannot_be_followed(loaded, tiny_clip, models):
         run(start=4, direction="backwards")
     assert not loaded.is_busy
     assert loaded.num_done == 0
+
+
+@pytest.fixture
+def short_adaptation(monkeypatch):
+    """Learns on small clips for four steps; the models that came of it."""
+    made, config = [], AdaptationConfig(steps=4, short_side=65, num_frames=2, batch_size=1)
+
+    def adaptation(model, images, masks):
+        made.append(Adaptation(model, images, masks, config))
+        return made[-1]
+
+    monkeypatch.setattr(following, "Adaptation", adaptation)
+    return made
+
+
+def test_the_model_learns_all_marked_frames_before_it_follows(loaded, tiny_clip, models, short_adaptation):
+    ids = tiny_clip[1]
+    loaded.set_marks(0, ids[0])
+    list(follow(loaded, models, "Tiny", "Standard", 0))
+    plain = results(loaded)
+    loaded.set_marks(3, ids[3])
+    loaded.set_marks(5, ids[5] * 0, whole=True)
+    reports = list(follow(loaded, models, "Tiny", "Adapted", 0, progress_every=0))
+    assert [report.learned for report in reports[1:5]] == [0.0, 0.25, 0.5, 0.75]
+    assert all(report.learned is None for report in reports[5:]) and reports[-1].finished
+    assert not reports[-1].stopped and loaded.num_done == 6
+    adapted = results(loaded)
+    assert any(not np.array_equal(adapted[t], plain[t]) for t in (1, 2))
+    assert len(short_adaptation[0]._clips._objects._statics) == 2  # frame 5 shows nothing to learn
+    # The next visitor gets the model as it was.
+    before = {name: tensor.clone() for name, tensor in models.get("Tiny")[0].state_dict().items()}
+    list(follow(loaded, models, "Tiny", "Adapted", 0))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in models.get("Tiny")[0].state_dict().items())
+
+
+def test_learning_can_be_stopped_and_keeps_earlier_results(loaded, tiny_clip, models, short_adaptation):
+    loaded.set_marks(0, tiny_clip[1][0])
+    list(follow(loaded, models, "Tiny", "Standard", 0))
+    before = results(loaded)
+    for report in follow(loaded, models, "Tiny", "Adapted", 0, progress_every=0):
+        if report.learned == 0.25:
+            loaded.stop.set()
+    assert short_adaptation[0].done == 1 and report.finished and report.stopped and report.done == 0
+    assert all(np.array_equal(mask, before[t]) for t, mask in results(loaded).items())
+    assert not loaded.is_busy
 
 
 def slow(tiny_model, monkeypatch, seconds=0.01):

@@ -117,6 +117,26 @@ def test_the_command_of_a_published_score_can_be_followed(student):
 
 
 @pytest.mark.weights
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ("--adapt --threads 2", "val with `--adapt`"),
+        ("--adapt-steps=20", "val with `--adapt-steps 20`"),
+        ("--preset fast --adapt", "val with `--preset fast --adapt`"),
+    ],
+)
+def test_a_score_says_what_it_traded(student, options, shown):
+    name, record = next(iter(evaluations_of(student).items()))
+    record = {**record, "command": f"deformvos evaluate --model m {options}"}
+    record["totals"] = record["totals"] | {"adaptation_seconds_median": 34.6}
+    text = cards.render_card(student, {name: record}, REPO)
+    assert shown in text and "(2 threads) after 35 seconds of adaptation to each (median)" in text
+    assert ("| blackswan |" in text) == ("--preset" not in options)
+    # What the Hub lists is the model as it is.
+    assert "results" not in ModelCard(text).data.to_dict().get("model-index", [{}])[0]
+
+
+@pytest.mark.weights
 def test_what_a_published_card_installs_is_what_its_code_imports(student):
     text = cards.publishable_card(student, {}, REPO)
     installed = [Requirement(word) for word in shlex.split(re.search(r"^pip install (.+)$", text, re.MULTILINE)[1])]

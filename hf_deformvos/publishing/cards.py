@@ -33,6 +33,8 @@ _TAGS = ["video-object-segmentation", "deformable-attention", "deformvos"]
 _PICTURES = ("picture.jpg", "picture.png")
 # `--option=value` is two words as `--option value` is.
 _OPTION = re.compile(r"(--[\w-]+(?==)|.*)(?:=(.*))?", re.DOTALL)
+# What trades accuracy for time; a score without any is the model's.
+_TRADES = re.compile(r"--(?:preset|adapt-steps)[ =]\w+|--adapt\b(?!-)")
 _PRIVATE_OPTIONS = ("--json", "--save-masks")  # files that a run wrote, by their places
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SOURCES = {
@@ -176,7 +178,7 @@ def _metadata(facts: dict, provenance: dict, data: list[str], records: dict, nam
     origin = facts.get("initialised_from", {}).get("name", "")
     teacher = facts.get("teacher", {})
     # The Hub compares models by these: the presets' scores are in the card alone.
-    plain = [record for _, record in sorted(records.items()) if _preset(record) is None]
+    plain = [record for _, record in sorted(records.items()) if not _choices(record)]
     results = [result for record in plain for result in _results(record)]
     other = {} if known else {"license_name": "see-training-data"}
     return ModelCardData(
@@ -215,15 +217,14 @@ def _results(record: dict) -> list[EvalResult]:
 
 
 def _title(record: dict) -> str:
-    dataset, preset = record["dataset"], _preset(record)
+    dataset, choices = record["dataset"], _choices(record)
     title = f"{_TITLES.get(dataset['name'], dataset['name'])} {dataset['split']}"
-    return title if preset is None else f"{title} with `--preset {preset}`"
+    return f"{title} with `{choices}`" if choices else title
 
 
-def _preset(record: dict) -> str | None:
-    """The preset that a record's command names."""
-    named = re.search(r"--preset[ =](\w+)", record["command"])
-    return named and named[1]
+def _choices(record: dict) -> str:
+    """The options of a record's command that trade accuracy for time."""
+    return " ".join(found[0].replace("=", " ") for found in _TRADES.finditer(record["command"]))
 
 
 def _as_published(record: dict, repo_id: str) -> dict:
@@ -247,12 +248,13 @@ def _score(name: str, record: dict, provenance: dict, markers: bool) -> dict:
         begin, end = (f"<!-- numbers:{name}{suffix}:{side} -->" for side in ("begin", "end"))
         return f"{begin}\n{text}\n{end}" if markers else text
 
+    has_sequences = "--preset" not in _choices(record)
     return {
         "title": _title(record),
         "source": provenance["benchmarks"].get(record["dataset"]["name"]),
         "has_root": "--root" in record["command"],
         "means": block("", measurements.render_means(record)),
-        "sequences": block(".sequences", measurements.render_sequences(record)) if _preset(record) is None else None,
+        "sequences": block(".sequences", measurements.render_sequences(record)) if has_sequences else None,
         "speed": measurements.render_speed(record),
     }
 

@@ -93,6 +93,7 @@ def measures_of(scores: dict) -> dict[str, float]:
 def fields_of(record: dict) -> dict[str, str]:
     """Every single value that a text may state, as it is written there."""
     totals = record["totals"]
+    adapted = totals.get("adaptation_seconds_median")
     return {name: f"{value:.3f}" for name, value in measures_of(totals).items()} | {
         "parameters": f"{record['facts']['num_parameters'] / 1e6:.2f} M",
         "megabytes": f"{record['weights_bytes'] / 1e6:.1f} MB",
@@ -100,6 +101,7 @@ def fields_of(record: dict) -> dict[str, str]:
         "network-ms": f"{totals['network_ms_median']:.0f} ms",
         "num-sequences": str(record["dataset"]["num_sequences"]),
         "num-frames": str(record["dataset"]["num_frames"]),
+        **({"adaptation": f"{adapted:.0f} s"} if adapted is not None else {}),
     }
 
 
@@ -122,9 +124,11 @@ def render_means(record: dict) -> str:
     columns = {name.replace("JF", "J&F").replace("-", " "): fields[name] for name in MEASURES}
     columns |= {"parameters": fields["parameters"], "weights": fields["megabytes"]}
     columns |= {"network, a frame": fields["network-ms"], "whole stream, frames/s": fields["frames-per-second"]}
+    adapted = record["totals"].get("adaptation_seconds_median")
+    once = "" if adapted is None else f" after {adapted:.0f} seconds of adaptation to each (median)"
     origin = (
         f"`{record['command']}`: {fields['num-sequences']} sequences, {fields['num-frames']} frames, in "
-        f"{hardware_of(record)}, PyTorch {record['versions']['torch']}; weights sha256 "
+        f"{hardware_of(record)}{once}, PyTorch {record['versions']['torch']}; weights sha256 "
         f"`{record['weights_sha256'][:12]}…`."
     )
     rows = [" | ".join(columns), " | ".join(["---:"] * len(columns)), " | ".join(columns.values())]

@@ -4,6 +4,7 @@ Draws the figures of the texts.
     python scripts/make_figures.py plots                                           curves, ablation, objects, memory
     python scripts/make_figures.py attention --models teacher=DIR KL=DIR CKA=DIR --davis DIR --sequence bmx-bumps
     python scripts/make_figures.py strips --models teacher=DIR student=DIR --davis DIR --sequences swing bmx-bumps
+    python scripts/make_figures.py clips                                           what a model is adapted with
 
 Plots are made from the records in docs/numbers alone; `attention` and `strips` run the models. Figures go to
 docs/images, and docs/numbers/figures.json records what each was made from, so that one that is out of date is found
@@ -24,11 +25,15 @@ import torch
 from evidence import NUMBERS, ROOT, EvidenceError, describe_model, guarded, sha256_of, update_record
 from PIL import Image
 
+from hf_deformvos.adaptation import AdaptationConfig, GivenFrames
+from hf_deformvos.data import ClipSpec
+from hf_deformvos.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from hf_deformvos.evaluation import EvaluationSequence, load_dataset_layout, region_similarity
 from hf_deformvos.inference import load_for_inference
 from hf_deformvos.propagation_deformvos import bilinear_corners
 from hf_deformvos.training.distillation import centered_kernel_alignment
-from hf_deformvos.video import colorblind_palette, draw_overlay
+from hf_deformvos.training.task import step_generator
+from hf_deformvos.video import VideoReader, colorblind_palette, draw_overlay, read_palette_png
 
 
 IMAGES = ROOT / "docs" / "images"
@@ -397,6 +402,28 @@ def draw_strips(models: dict[str, str], sequences: list[EvaluationSequence], cou
     return figure
 
 
+def draw_clips(image: np.ndarray, ids: np.ndarray, batches: int):
+    """The clips that a model is adapted with, one a row."""
+    config = AdaptationConfig()
+    spec = ClipSpec((257, 449), config.num_frames, config.batch_size)
+    frames = GivenFrames([image], [ids], spec, config.recomposed, config.leave)
+    mean, deviation = (np.array(values) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    figure, axes = pyplot().subplots(
+        batches * spec.batch, spec.frames, figsize=(WIDTH, 0.573 * WIDTH / spec.frames * batches * spec.batch)
+    )
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
+    for index in range(batches):
+        batch = frames(index, step_generator(config.seed, index))
+        for clip, masks, line in zip(batch.pixel_values, batch.id_masks, axes[index * spec.batch :], strict=False):
+            for pixels, mask, axis in zip(clip, masks, line, strict=True):
+                picture = (pixels.permute(1, 2, 0).numpy() * deviation + mean).clip(0, 1) * 255
+                shown = np.where(mask.numpy() == 255, 0, mask.numpy()).astype(np.uint8)
+                axis.imshow(draw_overlay(picture.astype(np.uint8), shown, colorblind_palette()))
+                axis.set(xticks=[], yticks=[])
+                axis.spines[:].set_visible(False)
+    return figure
+
+
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -481,6 +508,17 @@ def make_strips(options: argparse.Namespace) -> None:
     save(figure, options.name, options.output, facts_of(models, "strips", caption), ".jpg")
 
 
+def make_clips(options: argparse.Namespace) -> None:
+    """Draws clips of the example's first frame."""
+    image = next(iter(VideoReader(str(ROOT / "examples" / "bunny.mp4")))).image
+    figure = draw_clips(image, read_palette_png(ROOT / "examples" / "bunny_mask.png"), options.batches)
+    caption = (
+        "A clip a row: the frame warped as a whole, or its objects on ways of their own; labels are coloured."
+    )
+    facts = {"caption": caption, "command": "python scripts/make_figures.py clips"}
+    save(figure, "adaptation_clips", options.output, facts, ".jpg")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -502,7 +540,10 @@ def build_parser() -> argparse.ArgumentParser:
         kind.add_argument("--davis", type=Path, required=True, help="DAVIS-layout folder")
         kind.add_argument("--layout", choices=("davis2016", "davis2017"), default="davis2016")
         kind.add_argument("--name", default=name, help="of the figure (default %(default)s)")
-    for kind in (plots, attention, strips):
+    clips = kinds.add_parser("clips", help="what a model is adapted with, from the example's first frame")
+    clips.add_argument("--batches", type=int, default=3, help="how many (default %(default)s)")
+    clips.set_defaults(run=make_clips)
+    for kind in (plots, attention, strips, clips):
         kind.add_argument("--output", type=Path, default=IMAGES, help="folder (default docs/images)")
     return parser
 

@@ -51,13 +51,13 @@ class AdaptationConfig:
         ValueError: If a value is out of its range.
     """
 
-    steps: int = 40
+    steps: int = 50
     learning_rate: float = 3e-4
-    short_side: int = 257
+    short_side: int = 321
     num_frames: int = 4
-    batch_size: int = 4
+    batch_size: int = 2
     recomposed: float = 0.5
-    leave: float = 0.2
+    leave: float = 0.0
     own_masks: float = 0.5
     bootstrap_share: float = 0.3
     train_backbone: bool = False

@@ -23,8 +23,6 @@ from .clips import GivenFrames
 _WARM_UP = 0.1
 _POWER = 0.9
 _MAX_GRADIENT = 1.0
-# The network's input; a larger frame has nothing more to teach.
-_MAX_SHORT_SIDE = 480
 # Of clips, as a ratio of their sides.
 _MOST_ELONGATED = 2.0
 
@@ -37,7 +35,8 @@ class AdaptationConfig:
     Args:
         steps (`int`): Training steps.
         learning_rate (`float`): Peak rate of AdamW.
-        short_side (`int`): Short side of the clips in pixels, rounded to 16k+1.
+        short_side (`int`): Short side of the clips in pixels, rounded to 16k+1: the size at which frames are followed,
+            so that objects look as they will then.
         num_frames (`int`): Frames a clip.
         batch_size (`int`): Clips a step.
         recomposed (`float`): Share of the clips whose objects go their own ways, see [`GivenFrames`].
@@ -53,9 +52,9 @@ class AdaptationConfig:
 
     steps: int = 50
     learning_rate: float = 3e-4
-    short_side: int = 321
+    short_side: int = 480
     num_frames: int = 4
-    batch_size: int = 2
+    batch_size: int = 1
     recomposed: float = 0.5
     leave: float = 0.0
     own_masks: float = 0.5
@@ -97,7 +96,7 @@ class Adaptation:
         _check_trainable(model)
         self.config, self.done = config or AdaptationConfig(), 0
         config = self.config
-        images, masks = _prepare(images, masks)
+        images, masks = _prepare(images, masks, config.short_side)
         spec = ClipSpec(_clip_size(masks[0].shape, config.short_side), config.num_frames, config.batch_size)
         self._clips = GivenFrames(images, masks, spec, config.recomposed, config.leave, config.seed)
         self._plan = StepPlan(config.own_masks, config.bootstrap_share)
@@ -198,9 +197,9 @@ def _check_trainable(model) -> None:
 
 
 def _prepare(
-    images: Sequence[Image.Image | np.ndarray], masks: Sequence[np.ndarray]
+    images: Sequence[Image.Image | np.ndarray], masks: Sequence[np.ndarray], short_side: int
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Arrays of the network's size, ids numbered from 1; checked."""
+    """Arrays, no larger than the clips, with ids numbered from 1; checked."""
     if len(images) != len(masks) or not images:
         raise ValueError(f"Every image needs its mask, got {len(images)} images and {len(masks)} masks.")
     ids = sorted({int(value) for mask in masks for value in np.unique(mask)} - {0})
@@ -215,7 +214,7 @@ def _prepare(
             raise ValueError(f"Mask {number} must have the size of its image, {size}, got {mask.shape}.")
         if not mask.any():
             continue
-        scale = min(1.0, _MAX_SHORT_SIDE / min(mask.shape))
+        scale = min(1.0, short_side / min(mask.shape))
         size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
         numbered = Image.fromarray(np.searchsorted(ids, mask, side="right").astype(np.uint8))
         ready_images.append(np.array(picture.convert("RGB").resize(size, Image.BILINEAR)))

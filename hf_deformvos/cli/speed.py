@@ -44,12 +44,16 @@ def add_adaptation_arguments(parser: argparse.ArgumentParser, masks: str) -> Non
 
 
 def adaptation_config(arguments: argparse.Namespace):
-    """The [`~hf_deformvos.adaptation.AdaptationConfig`] asked for, `None` where none is."""
+    """
+    The [`~hf_deformvos.adaptation.AdaptationConfig`] asked for, its clips of the size at which frames are followed;
+    `None` where none is.
+    """
     if not (arguments.adapt or arguments.adapt_steps):
         return None
     from ..adaptation import AdaptationConfig
 
-    return AdaptationConfig(**({"steps": arguments.adapt_steps} if arguments.adapt_steps else {}))
+    given = {"steps": arguments.adapt_steps, "short_side": arguments.short_side and max(arguments.short_side, 65)}
+    return AdaptationConfig(**{name: value for name, value in given.items() if value})
 
 
 def resolve_speed(arguments: argparse.Namespace) -> None:

@@ -541,7 +541,7 @@ def build_parser() -> argparse.ArgumentParser:
         kind.add_argument("--layout", choices=("davis2016", "davis2017"), default="davis2016")
         kind.add_argument("--name", default=name, help="of the figure (default %(default)s)")
     clips = kinds.add_parser("clips", help="what a model is adapted with, from the example's first frame")
-    clips.add_argument("--batches", type=int, default=3, help="how many (default %(default)s)")
+    clips.add_argument("--batches", type=int, default=6, help="how many (default %(default)s)")
     clips.set_defaults(run=make_clips)
     for kind in (plots, attention, strips, clips):
         kind.add_argument("--output", type=Path, default=IMAGES, help="folder (default docs/images)")

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from synthetic import COLOURS, draw_scene, write_davis
 
 from hf_deformvos import DeformVosConfig, DeformVosImageProcessor, DeformVosModel, DeformVosProcessor
-from hf_deformvos.adaptation import AdaptationConfig, GivenFrames, adapt, fill_objects
+from hf_deformvos.adaptation import Adaptation, AdaptationConfig, GivenFrames, adapt, fill_objects
 from hf_deformvos.adaptation.adapt import _clip_size
 from hf_deformvos.cli import main
 from hf_deformvos.data import ClipSpec
@@ -184,9 +185,24 @@ def test_the_model_stays_and_only_what_may_learn_changes(tiny_model):
     assert wanted == {name: parameter.requires_grad for name, parameter in adapted.named_parameters()}
 
 
+def test_the_mean_of_the_weights_is_what_is_given_back(tiny_model):
+    image, ids = scene()
+    before, made = tiny_model.state_dict(), {}
+    for blend in (0.0, 0.5, 1.0):
+        adaptation = Adaptation(tiny_model, [image], [ids], replace(SHORT, blend=blend))
+        for _ in range(SHORT.steps):
+            adaptation.step()
+        made[blend] = weights_of(adaptation.result())
+        again = adaptation.result().state_dict()  # asking twice changes nothing
+        assert all(torch.equal(tensor, again[name]) for name, tensor in made[blend].items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in made[0.0].items())
+    for name, tensor in made[0.5].items():
+        assert torch.allclose(tensor.float(), (before[name] + made[1.0][name]) / 2.0, atol=1e-6), name
+
+
 def test_backbone_may_learn_too(tiny_model):
     image, ids = scene()
-    adapted = adapt(tiny_model, [image], [ids], AdaptationConfig(**{**vars(SHORT), "train_backbone": True}))
+    adapted = adapt(tiny_model, [image], [ids], replace(SHORT, train_backbone=True))
     before = tiny_model.state_dict()
     changed = {name for name, tensor in adapted.state_dict().items() if not torch.equal(tensor, before[name])}
     assert any(name.startswith("backbone.") for name in changed)
@@ -233,6 +249,7 @@ def test_many_tiny_objects_are_no_error(tiny_model):
     [
         ({"steps": 0}, "`steps` must be at least 1, got 0"),
         ({"learning_rate": 0.0}, "`learning_rate` must be above 0"),
+        ({"bootstrap_share": 0.0}, "`bootstrap_share` must be above 0, got 0"),
         ({"num_frames": 1}, "`num_frames` must be at least 2, got 1"),
         ({"short_side": 16}, "`short_side` must be at least 65, got 16"),
         ({"leave": 1.5}, "`leave` must be a share between 0 and 1, got 1.5"),

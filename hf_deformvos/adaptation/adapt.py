@@ -43,6 +43,8 @@ class AdaptationConfig:
         leave (`float`): Probability that such an object leaves the picture.
         own_masks (`float`): Probability that memory is written with the model's own masks.
         bootstrap_share (`float`): Share of hardest pixels that the cross-entropy keeps.
+        blend (`float`): Share of the trained weights in the mean with those before (WiSE-FT, Wortsman et al., arXiv
+            2109.01903), which is what follows the objects.
         train_backbone (`bool`): Whether the backbone learns, too; it is frozen by default.
         seed (`int`): Seed of all draws: the same frames, masks and seed give the same weights on the same machine.
 
@@ -59,6 +61,7 @@ class AdaptationConfig:
     leave: float = 0.0
     own_masks: float = 0.5
     bootstrap_share: float = 0.3
+    blend: float = 0.75
     train_backbone: bool = False
     seed: int = 0
 
@@ -67,9 +70,10 @@ class AdaptationConfig:
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"`{name}` must be at least {value}, got {getattr(self, name)}.")
-        if not self.learning_rate > 0:
-            raise ValueError(f"`learning_rate` must be above 0, got {self.learning_rate}.")
-        for name in ("recomposed", "leave", "own_masks", "bootstrap_share"):
+        for name in ("learning_rate", "bootstrap_share"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
+        for name in ("recomposed", "leave", "own_masks", "bootstrap_share", "blend"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"`{name}` must be a share between 0 and 1, got {getattr(self, name)}.")
 
@@ -100,7 +104,7 @@ class Adaptation:
         spec = ClipSpec(_clip_size(masks[0].shape, config.short_side), config.num_frames, config.batch_size)
         self._clips = GivenFrames(images, masks, spec, config.recomposed, config.leave, config.seed)
         self._plan = StepPlan(config.own_masks, config.bootstrap_share)
-        self._is_learning = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self._before = model
         # Commands adapt in the midst of inference.
         with torch.inference_mode(False):
             self._model = copy.deepcopy(model).float().train()
@@ -130,11 +134,18 @@ class Adaptation:
         self.done += 1
         return loss.item()
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def result(self):
         """The copy, as far as it has learned, in evaluation mode; nothing is learned from then on."""
-        for name, parameter in self._model.named_parameters():
-            parameter.requires_grad_(self._is_learning[name])
-            parameter.grad = None
+        if self._parameters:
+            before = dict(self._before.named_parameters())
+            for name, parameter in self._model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(torch.lerp(before[name].float(), parameter, self.config.blend))
+                parameter.requires_grad_(before[name].requires_grad)
+                parameter.grad = None
+            self._parameters = []
         return self._model.eval()
 
 

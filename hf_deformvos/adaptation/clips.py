@@ -13,8 +13,11 @@ from ..data.transforms import AugmentConfig, ClipBatch, augment_clips, recompose
 
 # Soft edges and shadows around an object are filled as well, this many pixels wide.
 _RIM = 7
-_OBJECTS = AugmentConfig(paste=0.0, distractor=0.2, occluder=0.15)
-_BACKDROPS = AugmentConfig(paste=0.0, distractor=0.0, occluder=0.0)
+# More change from frame to frame than in training: what is learned must be how the object is followed, and not what it
+# looks like in this one picture.
+_CHANGE = {"motion": 1.7, "elastic": 1.5, "color": 1.2}
+_OBJECTS = AugmentConfig(paste=0.0, distractor=0.2, occluder=0.15, **_CHANGE)
+_BACKDROPS = AugmentConfig(paste=0.0, distractor=0.0, occluder=0.0, **_CHANGE)
 
 
 def fill_objects(image: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Adapting a model to given frames: the clips it learns from, what it learns, what stays as it is, the commands."""
 
+import argparse
 import json
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ from hf_deformvos import DeformVosConfig, DeformVosImageProcessor, DeformVosMode
 from hf_deformvos.adaptation import Adaptation, AdaptationConfig, GivenFrames, adapt, fill_objects
 from hf_deformvos.adaptation.adapt import _clip_size
 from hf_deformvos.cli import main
+from hf_deformvos.cli.speed import adaptation_config, add_adaptation_arguments, add_speed_arguments, resolve_speed
 from hf_deformvos.data import ClipSpec
 from hf_deformvos.data.transforms import IMAGENET_MEAN, IMAGENET_STD, recompose
 from hf_deformvos.training.task import SegmentationTask, StepPlan, step_generator
@@ -266,6 +268,12 @@ def test_mistakes_are_named(tiny_model):
         adapt(tiny_model, [image], [ids, ids], SHORT)
     with pytest.raises(ValueError, match=r"Mask 0 must have the size of its image, \(96, 160\), got \(50, 160\)"):
         adapt(tiny_model, [image], [ids[:50]], SHORT)
+    with pytest.raises(ValueError, match=r"Image 0 must be uint8 of shape \(height, width, 3\), got float64"):
+        adapt(tiny_model, [image / 255], [ids], SHORT)
+    with pytest.raises(ValueError, match=r"Mask 0 must hold integers from 0, .* got float32"):
+        adapt(tiny_model, [image], [ids.astype(np.float32)], SHORT)
+    with pytest.raises(ValueError, match=r"Mask 0 must hold integers from 0, .* with values from -1"):
+        adapt(tiny_model, [image], [ids.astype(int) - 1], SHORT)
     with pytest.raises(ValueError, match="no mask shows an object"):
         adapt(tiny_model, [image], [ids * 0], SHORT)
     with pytest.raises(ValueError, match="At most 254 objects can be adapted to at once, got 300"):
@@ -274,6 +282,19 @@ def test_mistakes_are_named(tiny_model):
         adapt(tiny_model.fold_batch_norm(), [image], [ids], SHORT)
     with pytest.raises(ValueError, match="exported model cannot be adapted"):
         adapt(object(), [image], [ids], SHORT)
+
+
+@pytest.mark.parametrize(("option", "size"), [((), 480), (("--preset", "fast"), 320), (("--short-side", "600"), 600)])
+def test_clips_have_the_size_at_which_frames_are_followed(option, size):
+    parser = argparse.ArgumentParser()
+    add_speed_arguments(parser)
+    add_adaptation_arguments(parser, "masks")
+    arguments = parser.parse_args([*option, "--adapt", "--device", "cpu"])
+    resolve_speed(arguments)
+    config = adaptation_config(arguments)
+    assert config.short_side == size and config.steps == AdaptationConfig.steps
+    assert adaptation_config(parser.parse_args([])) is None
+    assert adaptation_config(parser.parse_args(["--adapt-steps", "7"])).steps == 7
 
 
 # --- Commands --------------------------------------------------------------------------------------------------------

@@ -176,8 +176,8 @@ def adapt(
         [`DeformVosModel`]: in float32 and evaluation mode, on the model's device.
 
     Raises:
-        ValueError: If the model cannot be trained (folded, or exported), an image and its mask do not fit, or no mask
-            shows an object.
+        ValueError: If the model cannot be trained (folded, or exported), an image or a mask is not of that form, they
+            do not fit, or no mask shows an object.
 
     Example:
 
@@ -213,13 +213,13 @@ def _prepare(
     """Arrays, no larger than the clips, with ids numbered from 1; checked."""
     if len(images) != len(masks) or not images:
         raise ValueError(f"Every image needs its mask, got {len(images)} images and {len(masks)} masks.")
+    masks = [_checked_mask(number, mask) for number, mask in enumerate(masks)]
     ids = sorted({int(value) for mask in masks for value in np.unique(mask)} - {0})
     if len(ids) >= VOID:
         raise ValueError(f"At most {VOID - 1} objects can be adapted to at once, got {len(ids)}.")
     ready_images, ready_masks = [], []
     for number, (image, mask) in enumerate(zip(images, masks, strict=True)):
-        picture = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
-        mask = np.asarray(mask)
+        picture = image if isinstance(image, Image.Image) else _as_picture(number, image)
         if mask.shape != (picture.height, picture.width):
             size = (picture.height, picture.width)
             raise ValueError(f"Mask {number} must have the size of its image, {size}, got {mask.shape}.")
@@ -233,6 +233,25 @@ def _prepare(
     if not ready_masks:
         raise ValueError("There is nothing to adapt to: no mask shows an object. Give a mask with ids above 0.")
     return ready_images, ready_masks
+
+
+def _as_picture(number: int, image: np.ndarray) -> Image.Image:
+    """An array as a picture; checked."""
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"Image {number} must be uint8 of shape (height, width, 3), got {image.dtype} {image.shape}.")
+    return Image.fromarray(image)
+
+
+def _checked_mask(number: int, mask: np.ndarray) -> np.ndarray:
+    """A mask as an array of ids; checked."""
+    mask = np.asarray(mask)
+    if mask.dtype.kind not in "biu" or mask.ndim != 2 or mask.min(initial=0) < 0:
+        raise ValueError(
+            f"Mask {number} must hold integers from 0, of shape (height, width), got {mask.dtype} {mask.shape} with "
+            f"values from {mask.min(initial=0)}."
+        )
+    return mask
 
 
 def _clip_size(frame: tuple[int, int], short_side: int) -> tuple[int, int]:

@@ -512,9 +512,7 @@ def make_clips(options: argparse.Namespace) -> None:
     """Draws clips of the example's first frame."""
     image = next(iter(VideoReader(str(ROOT / "examples" / "bunny.mp4")))).image
     figure = draw_clips(image, read_palette_png(ROOT / "examples" / "bunny_mask.png"), options.batches)
-    caption = (
-        "A clip a row: the frame warped as a whole, or its objects on ways of their own; labels are coloured."
-    )
+    caption = "A clip a row: the frame warped as a whole, or its objects on ways of their own; labels are coloured."
     facts = {"caption": caption, "command": "python scripts/make_figures.py clips"}
     save(figure, "adaptation_clips", options.output, facts, ".jpg")
 

@@ -408,9 +408,9 @@ def draw_clips(image: np.ndarray, ids: np.ndarray, batches: int):
     spec = ClipSpec((257, 449), config.num_frames, config.batch_size)
     frames = GivenFrames([image], [ids], spec, config.recomposed, config.leave)
     mean, deviation = (np.array(values) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    figure, axes = pyplot().subplots(
-        batches * spec.batch, spec.frames, figsize=(WIDTH, 0.573 * WIDTH / spec.frames * batches * spec.batch)
-    )
+    rows = batches * spec.batch
+    size = (WIDTH, 0.573 * WIDTH / spec.frames * rows)
+    figure, axes = pyplot().subplots(rows, spec.frames, figsize=size, squeeze=False)
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
     for index in range(batches):
         batch = frames(index, step_generator(config.seed, index))

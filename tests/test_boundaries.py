@@ -21,10 +21,11 @@ PARTS = {
     "data": {"video"},
     "evaluation": {"video", "data"},
     "training": {"video", "data", "evaluation", "publishing"},
+    "adaptation": {"data", "training"},
     "export": {"video"},
     "publishing": {"video"},
     "benchmark": {"video", "evaluation", "export"},
-    "cli": {"video", "data", "evaluation", "publishing", "export", "benchmark"},
+    "cli": {"video", "data", "evaluation", "publishing", "export", "benchmark", "adaptation"},
 }
 
 

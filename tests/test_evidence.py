@@ -524,10 +524,10 @@ def test_models_are_drawn(davis, tiny_folder, tmp_path):
 
 def test_clips_of_adaptation_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    assert make_figures.main(["clips", "--batches", "1", "--output", str(tmp_path)]) == 0
+    assert make_figures.main(["clips", "--batches", "2", "--output", str(tmp_path)]) == 0
     with Image.open(tmp_path / "adaptation_clips.jpg") as picture:
         colours = np.asarray(picture.convert("RGB")).reshape(-1, 3)
-    assert colours.std(0).min() > 30 and min(picture.size) > 300
+    assert colours.std(0).min() > 30 and picture.width > 3 * picture.height / 2
 
 
 def test_attention_is_spread_where_it_is_read(davis, tiny_folder, tmp_path):

@@ -77,6 +77,10 @@ class AdaptationConfig:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"`{name}` must be a share between 0 and 1, got {getattr(self, name)}.")
 
+    def adapt(self, model, images: Sequence[Image.Image | np.ndarray], masks: Sequence[np.ndarray]):
+        """[`adapt`] with these settings."""
+        return adapt(model, images, masks, self)
+
 
 class Adaptation:
     """

@@ -17,7 +17,6 @@ from PIL import Image
 from transformers import AutoProcessor
 from transformers.utils import logging
 
-from ..adaptation import AdaptationConfig, adapt
 from ..inference import (
     hash_weights,
     load_checkpoint,
@@ -40,6 +39,13 @@ RUN_FILE = "run.json"
 _WARM_UP_FRAMES = 5
 
 
+class Adapter(Protocol):
+    """What adapts a model to given frames: a dataclass, whose values are recorded with the results."""
+
+    def adapt(self, model, images: list[Image.Image], masks: list[np.ndarray]):
+        """A copy of the model that has learned the objects of the frames; see `hf_deformvos.adaptation`."""
+
+
 @dataclass(frozen=True)
 class RunnerConfig:
     """
@@ -53,9 +59,9 @@ class RunnerConfig:
         short_side (`int`, *optional*): Short side of the network's input in pixels, instead of the processor's.
         memory_interval (`int`, *optional*): Instead of the configuration's.
         overrides (`dict`, *optional*): Values for other fields of the model's configuration, such as `use_offsets`.
-        adaptation ([`~hf_deformvos.adaptation.AdaptationConfig`], *optional*):
-            How a copy of the model is adapted to each sequence's first given masks, before it follows them. By default
-            it is not.
+        adaptation ([`Adapter`], *optional*):
+            Such as an [`~hf_deformvos.adaptation.AdaptationConfig`]: how a copy of the model is adapted to each
+            sequence's first given masks, before it follows them. By default it is not.
         save_masks (`str`, *optional*): Folder for palette PNGs, `<folder>/<sequence>/<frame>.png`.
         resume (`bool`, *optional*, defaults to `False`):
             Whether a sequence whose masks all lie in `save_masks`, of the same weights and settings, is not run again.
@@ -71,7 +77,7 @@ class RunnerConfig:
     short_side: int | None = None
     memory_interval: int | None = None
     overrides: dict = field(default_factory=dict)
-    adaptation: AdaptationConfig | None = None
+    adaptation: Adapter | None = None
     save_masks: str | None = None
     resume: bool = False
 
@@ -403,7 +409,7 @@ def load_runner(config: RunnerConfig, loader: Callable[[RunnerConfig], tuple] = 
     device, dtype = resolve_device(config.device), getattr(torch, config.dtype)
 
     def adapted(model, image: Image.Image, given: np.ndarray):
-        return prepare_for_inference(adapt(model, [image], [given], config.adaptation), config.dtype)
+        return prepare_for_inference(config.adaptation.adapt(model, [image], [given]), config.dtype)
 
     options = {"adapt": adapted} if config.adaptation else {}
     return SequenceRunner(model, processor, device, dtype, config.short_side, folder, **options)
@@ -617,6 +623,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 __all__ = [
+    "Adapter",
     "DTYPES",
     "EvaluationRun",
     "ModelFacts",

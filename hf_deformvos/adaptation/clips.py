@@ -59,7 +59,7 @@ class GivenFrames:
         spec ([`ClipSpec`]): Size, frames and clips of a batch.
         recomposed (`float`): Share of the clips whose objects go their own ways.
         leave (`float`): Probability that such an object leaves the picture.
-        seed (`int`): Seed of all draws.
+        seed (`int`): Decides which windows of the frames are shown; the rest is up to the generator of each call.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class GivenFrames:
         leave: float,
         seed: int = 0,
     ):
-        self.spec, self.recomposed, self.leave, self.seed = spec, recomposed, leave, seed
+        self.spec, self.recomposed, self.leave = spec, recomposed, leave
         empty = [fill_objects(image, mask) for image, mask in zip(images, masks, strict=True)]
         self._objects = ClipSampler([], [ArrayStore(images, masks)], seed)
         # Another seed: another window and another motion. The masks tell where it would be looked at.

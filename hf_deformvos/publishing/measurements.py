@@ -93,7 +93,6 @@ def measures_of(scores: dict) -> dict[str, float]:
 def fields_of(record: dict) -> dict[str, str]:
     """Every single value that a text may state, as it is written there."""
     totals = record["totals"]
-    adapted = totals.get("adaptation_seconds_median")
     return {name: f"{value:.3f}" for name, value in measures_of(totals).items()} | {
         "parameters": f"{record['facts']['num_parameters'] / 1e6:.2f} M",
         "megabytes": f"{record['weights_bytes'] / 1e6:.1f} MB",
@@ -101,7 +100,6 @@ def fields_of(record: dict) -> dict[str, str]:
         "network-ms": f"{totals['network_ms_median']:.0f} ms",
         "num-sequences": str(record["dataset"]["num_sequences"]),
         "num-frames": str(record["dataset"]["num_frames"]),
-        **({"adaptation": f"{adapted:.0f} s"} if adapted is not None else {}),
     }
 
 

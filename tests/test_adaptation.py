@@ -295,6 +295,8 @@ def test_clips_have_the_size_at_which_frames_are_followed(option, size):
     assert config.short_side == size and config.steps == AdaptationConfig.steps
     assert adaptation_config(parser.parse_args([])) is None
     assert adaptation_config(parser.parse_args(["--adapt-steps", "7"])).steps == 7
+    seeds = [adaptation_config(parser.parse_args(["--adapt-seed", str(seed)])).seed for seed in (0, 3)]
+    assert seeds == [0, 3]
 
 
 # --- Commands --------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_adaptation_arguments(parser: argparse.ArgumentParser, masks: str) -> None:
-    """Adds `--adapt` and `--adapt-steps`; [`adaptation_config`] reads them. `masks` says what is adapted to."""
+    """Adds `--adapt` and its options; [`adaptation_config`] reads them. `masks` says what is adapted to."""
     parser.add_argument(
         "--adapt",
         action="store_true",
@@ -41,6 +41,12 @@ def add_adaptation_arguments(parser: argparse.ArgumentParser, masks: str) -> Non
     parser.add_argument(
         "--adapt-steps", metavar="N", type=at_least(1), help="training steps of --adapt (which it implies)"
     )
+    parser.add_argument(
+        "--adapt-seed",
+        metavar="N",
+        type=at_least(0),
+        help="seed of the clips that --adapt (which it implies) draws; scores vary with it",
+    )
 
 
 def adaptation_config(arguments: argparse.Namespace):
@@ -48,12 +54,15 @@ def adaptation_config(arguments: argparse.Namespace):
     The [`~hf_deformvos.adaptation.AdaptationConfig`] asked for, its clips of the size at which frames are followed;
     `None` where none is.
     """
-    if not (arguments.adapt or arguments.adapt_steps):
+    named = {"steps": arguments.adapt_steps, "seed": arguments.adapt_seed}
+    named = {name: value for name, value in named.items() if value is not None}
+    if not (arguments.adapt or named):
         return None
     from ..adaptation import AdaptationConfig
 
-    given = {"steps": arguments.adapt_steps, "short_side": arguments.short_side and max(arguments.short_side, 65)}
-    return AdaptationConfig(**{name: value for name, value in given.items() if value})
+    if arguments.short_side:
+        named["short_side"] = max(arguments.short_side, 65)
+    return AdaptationConfig(**named)
 
 
 def resolve_speed(arguments: argparse.Namespace) -> None:

@@ -199,6 +199,8 @@ class DemoPage:
     def mark_file(self, path: Path):
         """Takes the marks from a file and waits until they are shown."""
         self.open_tool("Mask file")
+        # The page has settled: before, Gradio may lose a file that it is given.
+        expect(self.find("#file_picture img")).to_be_visible()
         self.find("#mask input[type=file]").set_input_files(path)
         expect(self.find("#marked")).to_contain_text("Marked: frame")
 

@@ -134,11 +134,12 @@ def painted(box, obj_id):
 
 
 def paint_object(page, obj_id, box):
-    """Paints, and again if it is not to be seen: strokes that come before the editor is ready are lost."""
+    """Paints, and again where it is not to be seen: what of a stroke comes before the editor is ready is lost."""
     middle, colour = painted(box, obj_id)
+    beginning = (box[0] + 4, box[1] + 4)  # of the stroke: it may be the rest alone that came to be painted
     for _ in range(3):
         page.paint(box, SIZE)
-        if page.shows(middle, SIZE, colour, seconds=10):
+        if page.shows(middle, SIZE, colour, seconds=10) and page.shows(beginning, SIZE, colour, seconds=1):
             return
     raise AssertionError(f"Object {obj_id} cannot be painted.")
 

@@ -19,8 +19,8 @@ from test_session import MISTAKES
 from hf_deformvos import DeformVosConfig, DeformVosImageProcessor, DeformVosModel, DeformVosProcessor
 from hf_deformvos.benchmark.clock import STAGES
 from hf_deformvos.cli import main
-from hf_deformvos.export import export_model
-from hf_deformvos.export.graphs import build_graphs
+from hf_deformvos.export import export_model, exporting
+from hf_deformvos.export.graphs import build_graphs, export_program
 from hf_deformvos.export.onnx_session import (
     SETTINGS_FILE,
     MemoryBank,
@@ -46,6 +46,22 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)]
 # The most that a probability may differ by.
 TOLERANCE = 1e-3
 MAX_OBJECTS = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_once():
+    """Both formats begin with the same programs, and tracing takes longest: a graph of a model is traced once here."""
+    programs = {}
+
+    def export_once(graph):
+        weights = sum(float(parameter.double().sum()) for parameter in graph.module.parameters())
+        if (graph.name, weights) not in programs:
+            programs[graph.name, weights] = export_program(graph)
+        return programs[graph.name, weights]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporting, "export_program", export_once)
+        yield
 
 
 def save_tiny(folder, **changes):

@@ -149,7 +149,8 @@ class DemoPage:
         while True:
             left, top, zoom = self._place_in_editor(size)
             x, y = left + zoom * (pixel[0] + 0.5), top + zoom * (pixel[1] + 0.5)
-            seen = self.page.screenshot(clip={"x": x, "y": y, "width": 1, "height": 1})
+            # Two wide: where a pixel of the screen is as large as that, one would be half of it.
+            seen = self.page.screenshot(clip={"x": x, "y": y, "width": 2, "height": 2})
             found = Image.open(io.BytesIO(seen)).convert("RGB").getpixel((0, 0))
             if max(abs(a - b) for a, b in zip(found, colour, strict=True)) < 30:
                 return True

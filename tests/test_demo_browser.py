@@ -26,14 +26,19 @@ from hf_deformvos.video import VideoReader, colorblind_palette
 pytestmark = [pytest.mark.weights, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SIZE = (clips.WIDTH, clips.HEIGHT)
-# Without a graphics card every movement draws the window anew.
+# Without a graphics card every movement draws the window anew: a small one, and coarse.
 SMALL, DESKTOP = {"width": 760, "height": 640}, {"width": 1280, "height": 1000}
+COARSE = 0.5
 
 
 @pytest.fixture(scope="module")
-def browser():
+def browser(demo_server):
+    already = len(demo_server.log)
     with open_browser() as browser:
         yield browser
+    # Leaving stops runs and takes files away, some seconds later, which may go wrong, too.
+    assert_no_videos(demo_server)
+    assert not demo_server.failures(already)
 
 
 @pytest.fixture
@@ -42,15 +47,14 @@ def visit(browser, demo_server):
     pages, already = [], len(demo_server.log)
 
     def visit(**options):
-        pages.append(DemoPage(browser, demo_server.url, **{"viewport": SMALL, **options}))
+        look = {"viewport": SMALL, "device_scale_factor": COARSE, **options}
+        pages.append(DemoPage(browser, demo_server.url, **look))
         return pages[-1]
 
     yield visit
     problems = [problem for page in pages for problem in page.problems]
     for page in pages:
         page.close()
-    # Leaving stops runs and takes files away, which may go wrong, too, and must not go on into the next test.
-    assert_no_videos(demo_server)
     assert not problems
     assert not demo_server.failures(already)
 

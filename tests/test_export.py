@@ -93,6 +93,11 @@ def torch_dir(tiny_dir, tmp_path_factory):
     return export_model(tiny_dir, tmp_path_factory.mktemp("torch") / "out", format="torch")
 
 
+@pytest.fixture(scope="module")
+def torch_model(torch_dir):
+    return load_for_inference(str(torch_dir))[0]
+
+
 @pytest.fixture
 def onnx_model(onnx_dir):
     return OnnxDeformVos.from_pretrained(onnx_dir, num_threads=1)
@@ -219,9 +224,8 @@ def test_fifty_frames_are_pytorchs(num_objects, size, onnx_model, tiny_dir, one_
 
 
 @pytest.mark.parametrize("num_objects", [1, 6])
-def test_torch_programs_are_pytorchs(num_objects, torch_dir, tiny_dir, one_thread):
-    model, _ = load_for_inference(str(torch_dir))
-    compare(model, load_for_inference(tiny_dir, "cpu"), *moving_clip(12, (96, 128), num_objects))
+def test_torch_programs_are_pytorchs(num_objects, torch_model, tiny_dir, one_thread):
+    compare(torch_model, load_for_inference(tiny_dir, "cpu"), *moving_clip(12, (96, 128), num_objects))
 
 
 @pytest.mark.slow

@@ -123,6 +123,7 @@ def test_the_command_of_a_published_score_can_be_followed(student):
         ("--adapt --threads 2", "val with `--adapt`"),
         ("--adapt-steps=20", "val with `--adapt-steps 20`"),
         ("--adapt-seed 1", "val with `--adapt-seed 1`"),
+        ("--adapt-check", "val with `--adapt-check`"),
         ("--preset fast --adapt", "val with `--preset fast --adapt`"),
     ],
 )

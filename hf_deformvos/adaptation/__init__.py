@@ -2,6 +2,15 @@
 
 from .adapt import Adaptation, AdaptationConfig, adapt
 from .clips import GivenFrames, fill_objects
+from .round_trip import adapt_to_video, round_trip_agreement
 
 
-__all__ = ["Adaptation", "AdaptationConfig", "GivenFrames", "adapt", "fill_objects"]
+__all__ = [
+    "Adaptation",
+    "AdaptationConfig",
+    "GivenFrames",
+    "adapt",
+    "adapt_to_video",
+    "fill_objects",
+    "round_trip_agreement",
+]

@@ -45,6 +45,8 @@ class AdaptationConfig:
         bootstrap_share (`float`): Share of hardest pixels that the cross-entropy keeps.
         blend (`float`): Share of the trained weights in the mean with those before (WiSE-FT, Wortsman et al., arXiv
             2109.01903), which is what follows the objects.
+        check_frames (`int`): Frames of the video that [`adapt_to_video`] follows there and back, to see how much of
+            the trained weights does it good; 0 trusts `blend`, as [`adapt`] does, which knows no video.
         train_backbone (`bool`): Whether the backbone learns, too; it is frozen by default.
         seed (`int`): Seed of all draws: the same frames, masks and seed give the same weights on the same machine.
 
@@ -62,11 +64,12 @@ class AdaptationConfig:
     own_masks: float = 0.5
     bootstrap_share: float = 0.3
     blend: float = 0.75
+    check_frames: int = 0
     train_backbone: bool = False
     seed: int = 0
 
     def __post_init__(self):
-        least = {"steps": 1, "short_side": 65, "num_frames": 2, "batch_size": 1}
+        least = {"steps": 1, "short_side": 65, "num_frames": 2, "batch_size": 1, "check_frames": 0}
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"`{name}` must be at least {value}, got {getattr(self, name)}.")
@@ -77,9 +80,13 @@ class AdaptationConfig:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"`{name}` must be a share between 0 and 1, got {getattr(self, name)}.")
 
-    def adapt(self, model, images: Sequence[Image.Image | np.ndarray], masks: Sequence[np.ndarray]):
-        """[`adapt`] with these settings."""
-        return adapt(model, images, masks, self)
+    def adapt_to_video(
+        self, model, processor, frames: Sequence[Image.Image | np.ndarray], masks: dict[int, np.ndarray], size: dict
+    ):
+        """[`adapt_to_video`] with these settings."""
+        from .round_trip import adapt_to_video
+
+        return adapt_to_video(model, processor, frames, masks, self, size)
 
 
 class Adaptation:

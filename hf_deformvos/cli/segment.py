@@ -1,6 +1,7 @@
 """`deformvos segment`: follows the objects of one or more masks through a video, decoding and encoding as a stream."""
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -9,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -372,34 +373,50 @@ def _load_adapted(arguments: argparse.Namespace, name: str, config, masks: dict)
     from tqdm import tqdm
     from transformers import AutoProcessor
 
-    from ..adaptation import adapt
-    from ..inference import hash_weights, load_checkpoint, prepare_for_inference
+    from ..adaptation import adapt_to_video
+    from ..inference import hash_weights, load_checkpoint, prepare_for_inference, size_option
 
-    frames = _read_frames(arguments, sorted(masks))
-    base = load_checkpoint(name, arguments.device)
+    frames = _FramesAhead(_read_frames(arguments, sorted(masks), config.check_frames))
+    base, processor = load_checkpoint(name, arguments.device), AutoProcessor.from_pretrained(name)
+    given = {index - frames.first: mask for index, mask in masks.items()}
+    size = size_option(processor, arguments.short_side)
     started = time.perf_counter()
     with tqdm(total=config.steps, desc="adapting", unit="step", disable=arguments.quiet) as bar:
-        given = [masks[index] for index in frames]
-        model = adapt(base, list(frames.values()), given, config, progress=lambda done, total: bar.update())
+        model, share = adapt_to_video(base, processor, frames, given, config, size, lambda done, total: bar.update())
+    if config.check_frames and not arguments.quiet:
+        print(f"Followed there and back: {share:.0%} of what was learned is kept.", file=sys.stderr)
     model = prepare_for_inference(model, arguments.dtype)
-    processor = AutoProcessor.from_pretrained(name)
-    adaptation = {**asdict(config), "seconds": round(time.perf_counter() - started, 3)}
+    adaptation = {**asdict(config), "share": share, "seconds": round(time.perf_counter() - started, 3)}
     return LoadedModel(model, processor, name, hash_weights(name), str(model.device), arguments.dtype, adaptation)
 
 
-def _read_frames(arguments: argparse.Namespace, indices: list[int]) -> dict:
-    """Frames of a video by their numbers, without keeping the others."""
+class _FramesAhead(Sequence):
+    """Some frames of a video, by their position after the first of them; as long as there is no gap."""
+
+    def __init__(self, frames: dict):
+        self._frames, self.first = frames, min(frames)
+
+    def __len__(self) -> int:
+        return next(length for length in itertools.count(1) if self.first + length not in self._frames)
+
+    def __getitem__(self, position: int):
+        return self._frames[self.first + position]
+
+
+def _read_frames(arguments: argparse.Namespace, indices: list[int], ahead: int) -> dict:
+    """Frames of a video by their numbers, `ahead` of them from the first on, without keeping the others."""
     from hf_deformvos.video import VideoReader
 
     found = {}
-    with VideoReader(arguments.video, max_frames=indices[-1] + 1) as reader:
+    wanted = {*indices, *range(indices[0], min(indices[0] + ahead, arguments.max_frames or sys.maxsize))}
+    with VideoReader(arguments.video, max_frames=max(wanted) + 1) as reader:
         with closing(iter(reader)) as frames:
             for frame in frames:
-                if frame.index in indices:
+                if frame.index in wanted:
                     found[frame.index] = frame.image
-    if len(found) < len(indices):
-        missing = next(index for index in indices if index not in found)
-        raise ValueError(f"the video ends before frame {missing}, which a mask is given for; frames count from 0.")
+    missing = [index for index in indices if index not in found]
+    if missing:
+        raise ValueError(f"the video ends before frame {missing[0]}, which a mask is given for; frames count from 0.")
     return found
 
 

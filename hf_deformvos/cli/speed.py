@@ -8,6 +8,8 @@ from .score import at_least
 # The names are repeated here so that the help appears without torch being imported.
 PRESET_NAMES = ("accurate", "standard", "fast")
 DTYPES = ("float32", "bfloat16", "float16")
+# Of --adapt-check: what went wrong in these is seldom mended later.
+CHECK_FRAMES = 128
 
 
 def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +49,12 @@ def add_adaptation_arguments(parser: argparse.ArgumentParser, masks: str) -> Non
         type=at_least(0),
         help="seed of the clips that --adapt (which it implies) draws; scores vary with it",
     )
+    parser.add_argument(
+        "--adapt-check",
+        action="store_true",
+        help=f"of what --adapt (which it implies) has learned, keep as much as does the video good: its first "
+        f"{CHECK_FRAMES} frames are followed there and back, with all of it, three quarters and nothing",
+    )
 
 
 def adaptation_config(arguments: argparse.Namespace):
@@ -56,6 +64,8 @@ def adaptation_config(arguments: argparse.Namespace):
     """
     named = {"steps": arguments.adapt_steps, "seed": arguments.adapt_seed}
     named = {name: value for name, value in named.items() if value is not None}
+    if arguments.adapt_check:
+        named["check_frames"] = CHECK_FRAMES
     if not (arguments.adapt or named):
         return None
     from ..adaptation import AdaptationConfig
@@ -80,6 +90,7 @@ def resolve_speed(arguments: argparse.Namespace) -> None:
 
 
 __all__ = [
+    "CHECK_FRAMES",
     "DTYPES",
     "PRESET_NAMES",
     "adaptation_config",

@@ -6,7 +6,7 @@ import platform
 import statistics as stdlib_statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -40,10 +40,19 @@ _WARM_UP_FRAMES = 5
 
 
 class Adapter(Protocol):
-    """What adapts a model to given frames: a dataclass, whose values are recorded with the results."""
+    """
+    What adapts a model to given frames: a dataclass, whose values are recorded with the results.
 
-    def adapt(self, model, images: list[Image.Image], masks: list[np.ndarray]):
-        """A copy of the model that has learned the objects of the frames; see `hf_deformvos.adaptation`."""
+    Attributes:
+        check_frames (`int`): Frames of the video that it looks at beside those that are given.
+    """
+
+    check_frames: int
+
+    def adapt_to_video(
+        self, model, processor, frames: Sequence[Image.Image], masks: dict[int, np.ndarray], size: dict
+    ) -> tuple:
+        """A model that has learned the objects, and the share of that in it; see `hf_deformvos.adaptation`."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,7 @@ class StreamTiming:
         network_size (`tuple[int, int]`): Height and width of the network's input.
         adaptation_seconds (`float`, *optional*): Of adapting the model to the given masks, which is no part of
             `stream_seconds`; `None` where it is not adapted.
+        adapted_share (`float`, *optional*): Of the adapted weights in those that followed the sequence.
         peak_memory_bytes (`int`, *optional*): Peak resident memory of the process so far.
         peak_device_memory_bytes (`int`, *optional*): Peak memory allocated on a CUDA device so far.
     """
@@ -115,6 +125,7 @@ class StreamTiming:
     peak_memory_bytes: int | None
     peak_device_memory_bytes: int | None
     adaptation_seconds: float | None = None
+    adapted_share: float | None = None
 
     @property
     def frames_per_second(self) -> float:
@@ -187,7 +198,8 @@ class SequenceRunner:
         dtype (`torch.dtype`): Of the frames given to it.
         short_side (`int`, *optional*): Short side of the network's input in pixels, instead of the processor's.
         save_masks (`Path`, *optional*): Folder for palette PNGs.
-        adapt (callable, *optional*): Makes the model that follows a sequence, from `model`, a picture and its id map.
+        adapt (callable, *optional*): Makes the model that follows a sequence, from `model`, its frames from the first
+            given one on, and the id map of that; also tells the share of the adapted weights in it.
     """
 
     def __init__(
@@ -198,7 +210,7 @@ class SequenceRunner:
         dtype: torch.dtype,
         short_side: int | None = None,
         save_masks: Path | None = None,
-        adapt: Callable[[object, Image.Image, np.ndarray], object] | None = None,
+        adapt: Callable[[object, Sequence[Image.Image], np.ndarray], tuple] | None = None,
     ):
         self.model = model
         self.adapt = adapt
@@ -222,7 +234,7 @@ class SequenceRunner:
         """
         scorer = SequenceScorer(sequence)
         outputs = set(sequence.output_frames)
-        stream = SequenceStream(self, sequence.name, sequence.max_short_side)
+        stream = SequenceStream(self, sequence.name, sequence.max_short_side, sequence.images)
         last = sequence.images[-1].stem
         for path in sequence.images:
             ids = stream.step(
@@ -253,6 +265,20 @@ class StreamFrame(Protocol):
         """The objects that start here, and their ids' map, all else 0; `None` where none starts."""
 
 
+class _Pictures(Sequence):
+    """Image files, read when they are asked for."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, position: int) -> Image.Image:
+        with Image.open(self._paths[position]) as file:
+            return file.convert("RGB")
+
+
 class _FileFrame:
     """A frame of a sequence of files."""
 
@@ -278,15 +304,20 @@ class SequenceStream:
         runner ([`SequenceRunner`]): The model.
         name (`str`): The sequence.
         max_short_side (`int`, *optional*): Frames with a larger short side are scaled down to it for the model.
+        images (sequence of `Path`, *optional*): Files of all frames, where they are known beforehand: for adaptation.
     """
 
-    def __init__(self, runner: SequenceRunner, name: str, max_short_side: int | None = None):
+    def __init__(
+        self, runner: SequenceRunner, name: str, max_short_side: int | None = None, images: Sequence[Path] = ()
+    ):
         self.runner = runner
         # Adapted at the first given mask, if the runner does that.
         self.model = None if runner.adapt else runner.model
         self.adaptation_seconds: float | None = None
+        self.adapted_share: float | None = None
         self.name = name
         self.max_short_side = max_short_side
+        self.images = images
         self.session = runner.processor.init_video_session(video=None, device=runner.device, dtype=runner.dtype)
         self.next_index = 0
         self.num_frames = 0
@@ -303,7 +334,7 @@ class SequenceStream:
         if given is not None and given[1].shape != size:
             raise ValueError(f"The mask of {frame.label} must have its size {size}, got {given[1].shape}.")
         if given is not None and self.model is None:
-            start += self._adapt(image, given[1])
+            start += self._adapt(image, frame.name, given[1])
         if given is None and self.next_index == 0:
             ids = np.zeros(size, dtype=np.uint8)
         else:
@@ -323,10 +354,14 @@ class SequenceStream:
             self.num_frames += 1
         return ids
 
-    def _adapt(self, image: Image.Image, given: np.ndarray) -> float:
+    def _adapt(self, image: Image.Image, name: str, given: np.ndarray) -> float:
         """Makes the model of this sequence; returns the seconds that took."""
         start = time.perf_counter()
-        self.model = self.runner.adapt(self.runner.model, image, given) if given.any() else self.runner.model
+        if given.any():
+            ahead = _Pictures([path for path in self.images if path.stem >= name]) or [image]
+            self.model, self.adapted_share = self.runner.adapt(self.runner.model, ahead, given)
+        else:
+            self.model = self.runner.model
         self.adaptation_seconds = time.perf_counter() - start
         return self.adaptation_seconds
 
@@ -390,6 +425,7 @@ class SequenceStream:
             peak_memory_bytes=peak_memory(),
             peak_device_memory_bytes=torch.cuda.max_memory_allocated(self.runner.device) if on_cuda else None,
             adaptation_seconds=self.adaptation_seconds,
+            adapted_share=self.adapted_share,
         )
 
 
@@ -408,8 +444,10 @@ def load_runner(config: RunnerConfig, loader: Callable[[RunnerConfig], tuple] = 
     folder = Path(config.save_masks) if config.save_masks else None
     device, dtype = resolve_device(config.device), getattr(torch, config.dtype)
 
-    def adapted(model, image: Image.Image, given: np.ndarray):
-        return prepare_for_inference(config.adaptation.adapt(model, [image], [given]), config.dtype)
+    def adapted(model, frames: Sequence[Image.Image], given: np.ndarray) -> tuple:
+        size = size_option(processor, config.short_side)
+        made, share = config.adaptation.adapt_to_video(model, processor, frames, {0: given}, size)
+        return prepare_for_inference(made, config.dtype), share
 
     options = {"adapt": adapted} if config.adaptation else {}
     return SequenceRunner(model, processor, device, dtype, config.short_side, folder, **options)

@@ -73,6 +73,10 @@ def evaluate_hub_dataset(
         raise ValueError(f"`protocol` must be one of {', '.join(PROTOCOLS)} for a data set, got {protocol!r}.")
     if max_frames is not None and max_frames < 1:
         raise ValueError(f"`max_frames` must be at least 1, got {max_frames}.")
+    if config.adaptation is not None and config.adaptation.check_frames:
+        raise ValueError(
+            "`check_frames` (--adapt-check) looks ahead, and a data set gives one frame after the other: leave it out."
+        )
     if config.resume:
         raise ValueError("`resume` needs a folder of frames: a data set does not tell beforehand which there are.")
     device, weights_sha256 = resolve_device(config.device), hash_weights(config.model)

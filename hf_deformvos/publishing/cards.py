@@ -34,7 +34,7 @@ _PICTURES = ("picture.jpg", "picture.png")
 # `--option=value` is two words as `--option value` is.
 _OPTION = re.compile(r"(--[\w-]+(?==)|.*)(?:=(.*))?", re.DOTALL)
 # What trades accuracy for time; a score without any is the model's.
-_TRADES = re.compile(r"--(?:preset|adapt-steps|adapt-seed)[ =]\w+|--adapt\b(?!-)")
+_TRADES = re.compile(r"--(?:preset|adapt-steps|adapt-seed)[ =]\w+|--adapt-check|--adapt\b(?!-)")
 _PRIVATE_OPTIONS = ("--json", "--save-masks")  # files that a run wrote, by their places
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SOURCES = {

@@ -358,7 +358,8 @@ class SequenceStream:
         """Makes the model of this sequence; returns the seconds that took."""
         start = time.perf_counter()
         if given.any():
-            ahead = _Pictures([path for path in self.images if path.stem >= name]) or [image]
+            first = next((index for index, path in enumerate(self.images) if path.stem == name), None)
+            ahead = [image] if first is None else _Pictures(self.images[first:])
             self.model, self.adapted_share = self.runner.adapt(self.runner.model, ahead, given)
         else:
             self.model = self.runner.model

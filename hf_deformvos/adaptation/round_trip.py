@@ -128,7 +128,7 @@ def round_trip_agreement(
 
 
 def _followed(model, processor, frames, masks: dict[int, np.ndarray], size: dict | None) -> Iterator[np.ndarray]:
-    """The id map of each frame; where one is given, that one."""
+    """The id map of each frame; of the first, the one that is given."""
     session = processor.init_video_session(video=None, device=model.device, dtype=model.dtype)
     for position, frame in enumerate(frames):
         given = masks.get(position)

@@ -382,7 +382,13 @@ def _load_adapted(arguments: argparse.Namespace, name: str, config, masks: dict)
     size = size_option(processor, arguments.short_side)
     started = time.perf_counter()
     with tqdm(total=config.steps, desc="adapting", unit="step", disable=arguments.quiet) as bar:
-        model, share = adapt_to_video(base, processor, frames, given, config, size, lambda done, total: bar.update())
+
+        def report(done: int, total: int):
+            bar.update()
+            if done == total and config.check_frames:
+                bar.set_description("following there and back")
+
+        model, share = adapt_to_video(base, processor, frames, given, config, size, report)
     if config.check_frames and not arguments.quiet:
         print(f"Followed there and back: {share:.0%} of what was learned is kept.", file=sys.stderr)
     model = prepare_for_inference(model, arguments.dtype)

@@ -8,7 +8,7 @@ from .score import at_least
 # The names are repeated here so that the help appears without torch being imported.
 PRESET_NAMES = ("accurate", "standard", "fast")
 DTYPES = ("float32", "bfloat16", "float16")
-# Of --adapt-check: what went wrong in these is seldom mended later.
+# Of --adapt-check, which goes through them several times: about five seconds, and any sequence of DAVIS-2016 val.
 CHECK_FRAMES = 128
 
 

@@ -146,18 +146,25 @@ class Adaptation:
         return loss.item()
 
     @torch.inference_mode(False)
-    @torch.no_grad()
     def result(self):
         """The copy, as far as it has learned, in evaluation mode; nothing is learned from then on."""
         if self._parameters:
+            self._model = blended(self._model, self._before, self.config.blend)
             before = dict(self._before.named_parameters())
             for name, parameter in self._model.named_parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(torch.lerp(before[name].float(), parameter, self.config.blend))
                 parameter.requires_grad_(before[name].requires_grad)
-                parameter.grad = None
             self._parameters = []
         return self._model.eval()
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def blended(adapted, before, share: float):
+    """A copy of an adapted model with the mean of its weights, `share` of it, and those before."""
+    model, old = copy.deepcopy(adapted), dict(before.named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.copy_(torch.lerp(old[name].float(), parameter, share))
+    return model
 
 
 def adapt(

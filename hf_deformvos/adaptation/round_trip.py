@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ..inference import fastest_dtype, prepare_for_inference
-from .adapt import AdaptationConfig, adapt
+from .adapt import AdaptationConfig, adapt, blended
 
 
 # Where the way back begins, as parts of the way there.
@@ -70,20 +70,10 @@ def adapt_to_video(
 
     least = agreement(model) - _TOLERANCE
     for share in (1.0, config.blend):
-        candidate = _blend(model, adapted, share)
+        candidate = blended(adapted, model, share)
         if agreement(candidate) >= least:
             return candidate, share
     return copy.deepcopy(model).float().eval(), 0.0
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def _blend(before, adapted, share: float):
-    """A copy of the adapted model with the mean of both weights."""
-    blended, old = copy.deepcopy(adapted), dict(before.named_parameters())
-    for name, parameter in blended.named_parameters():
-        parameter.copy_(torch.lerp(old[name].float(), parameter, share))
-    return blended
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from transformers import Dinov2Backbone, Dinov2Config
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_deformvos import DeformVosConfig
 
@@ -67,7 +68,7 @@ def _has_fused_kernel(device: str, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-class InvertedResidual(nn.Module):
+class InvertedResidual(GradientCheckpointingLayer):
     """MobileNetV2's block; the nesting of `conv` gives torchvision's parameter names."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int):
@@ -89,7 +90,8 @@ class MobileNetV2Backbone(nn.Module):
     """
     MobileNetV2 without classifier. Features at strides 4, 8 and 16, and 32 where `config.backbone_tail` asks for it.
 
-    Batch norm never leaves evaluation mode and is never trained: clips are too few for its statistics.
+    Batch norm never leaves evaluation mode: clips are too few for its statistics. [`freeze_pretrained`] stops the
+    gradients of its weights, too.
     """
 
     def __init__(self, config: DeformVosConfig):
@@ -180,6 +182,12 @@ class VisionTransformerBackbone(MobileNetV2Backbone):
             for block in self.vit(resized.to(padded.dtype)).feature_maps
         ]
         return *super().forward(pixel_values), torch.cat(blocks, dim=1)
+
+    def train(self, mode: bool = True):
+        """As in MobileNetV2; the ViT, which is frozen, stays in evaluation mode as well."""
+        super().train(mode)
+        self.vit.eval()
+        return self
 
     def load_vit(self, source: str):
         """

@@ -15,6 +15,7 @@ from .modeling_deformvos import (
     DeformVosVideoOutput,
     ImageFeatures,
     Segmentation,
+    pool_to_stride4,
 )
 
 
@@ -247,6 +248,11 @@ class DeformVosInferenceSession:
         if frame_idx < 0:
             raise ValueError(f"`frame_idx` must not be negative, got {frame_idx}.")
         if self.source is None:
+            if self._last_frame_idx is not None and frame_idx < self._last_frame_idx:
+                raise ValueError(
+                    f"Frame {frame_idx} has passed: frame {self._last_frame_idx} was handed over last. Give masks for "
+                    "that one or a later one, before it is handed over (again)."
+                )
             return
         if self.num_frames is not None and frame_idx >= self.num_frames:
             raise ValueError(f"`frame_idx` must be below the video's {self.num_frames} frames, got {frame_idx}.")
@@ -309,6 +315,7 @@ class DeformVosInferenceSession:
                 f"No object is known at frame {frame_idx}: {first}. Call `processor.add_inputs_to_inference_session` "
                 "with `frame_idx` of this frame, or an earlier one, first."
             )
+        self._check_joining(given, frame_idx)
         with self._autocast(model):
             features = model.encode_images(pixel_values)
             # Nothing of the session has changed so far: a frame that is refused leaves it as it was.
@@ -320,6 +327,16 @@ class DeformVosInferenceSession:
         if self.source is None or not self.source.is_seekable:
             self._inputs.pop(frame_idx, None)
         return self._output(segmentation, given, frame_idx, output_attentions, output_hidden_states)
+
+    def _check_joining(self, given: dict[int, torch.Tensor], frame_idx: int):
+        """Refuses a new object of which nothing is left; `given` are the masks at network size."""
+        followed = () if self._objects is None else self._objects.object_ids
+        for obj_id, mask in given.items():
+            if obj_id not in followed and not mask.any() and self._inputs[frame_idx][obj_id].any():
+                raise ValueError(
+                    f"Nothing is left of the mask of object {obj_id} on frame {frame_idx}: masks that were given "
+                    "after it cover it. Give it last, or leave it out (`remove_object`)."
+                )
 
     def _next_frame_idx(self) -> int:
         earliest = 0 if self.source is None else self.source.first_readable
@@ -419,7 +436,7 @@ class DeformVosInferenceSession:
         if not given:
             return masks
         stacked = torch.stack(list(given.values()))
-        shares = F.avg_pool2d(stacked[None].float(), 5, 4, 2, count_include_pad=False)[0].to(device)
+        shares = pool_to_stride4(stacked[None])[0].to(device)
         masks = masks * (1.0 - shares.sum(0).clamp(max=1.0))
         for share, obj_id in zip(shares, given, strict=True):
             group, slot = self._objects.place(obj_id)
@@ -489,12 +506,27 @@ class DeformVosInferenceSession:
         end = -1 if reverse else (self.num_frames if self.num_frames is not None else float("inf"))
         frame_idx, visited = start_frame_idx, 0
         while frame_idx != end and visited <= limit:
-            try:
-                self.source.read(frame_idx)
-            except FrameSource.End:
-                return
-            yield frame_idx
+            # Whoever receives a frame may remove the last object, or give the next one further on.
+            if (self._memory is None or self._memory.is_empty) and frame_idx not in self._inputs:
+                if not any((given - frame_idx) * direction > 0 for given in self._inputs):
+                    return
+            else:
+                try:
+                    self.source.read(frame_idx)
+                except FrameSource.End:
+                    return
+                yield frame_idx
             frame_idx, visited = frame_idx + direction, visited + 1
+
+    def count_frames(
+        self, start_frame_idx: int | None, max_frame_num_to_track: int | None, reverse: bool
+    ) -> int | None:
+        """How many frames [`frames_to_visit`] visits at most; `None` where only the end of the stream will tell."""
+        if self.num_frames is None:
+            return None
+        start = min(self._inputs, default=0) if start_frame_idx is None else start_frame_idx
+        ahead = start + 1 if reverse else self.num_frames - start
+        return ahead if max_frame_num_to_track is None else min(ahead, max_frame_num_to_track + 1)
 
     def _check_propagation(self, start_frame_idx, max_frame_num_to_track, reverse):
         if self.source is None:
@@ -512,6 +544,11 @@ class DeformVosInferenceSession:
             return
         if self.num_frames is not None and not 0 <= start_frame_idx < self.num_frames:
             raise ValueError(f"`start_frame_idx` must be 0 to {self.num_frames - 1}, got {start_frame_idx}.")
+        if not self.source.is_seekable and min(self._inputs, default=start_frame_idx) < start_frame_idx:
+            raise ValueError(
+                f"The masks of the frames {sorted(self._inputs)} would be lost: this video is a stream, whose frames "
+                f"before `start_frame_idx` {start_frame_idx} cannot be read again. Start at {min(self._inputs)}."
+            )
         if not self.source.is_seekable and start_frame_idx not in self._inputs and self._last_frame_idx is None:
             raise ValueError(
                 f"No object is known at frame {start_frame_idx} of this stream: masks are on frames "
@@ -533,13 +570,31 @@ class DeformVosInferenceSession:
 
 
 def _at_size(given: dict[int, torch.Tensor], size: tuple[int, int]) -> dict[int, torch.Tensor]:
-    """The given masks at network size, without overlaps: a pixel goes to the object that was given last."""
-    resized, taken = {}, None
-    for obj_id in reversed(given):
-        mask = resize_nearest(given[obj_id], size)
-        resized[obj_id] = mask if taken is None else mask & ~taken
-        taken = mask if taken is None else mask | taken
-    return {obj_id: resized[obj_id] for obj_id in given}
+    """
+    The given masks at network size, without overlaps: a pixel goes to the object that was given last, or to one that
+    is so small that no pixel is nearest to it.
+    """
+    resized = {obj_id: resize_nearest(mask, size) for obj_id, mask in given.items()}
+    small = {obj_id for obj_id, mask in given.items() if mask.any() and not resized[obj_id].any()}
+    taken = torch.zeros(size, dtype=torch.bool)
+    by_precedence = list(reversed(given))
+    by_precedence.sort(key=lambda obj_id: obj_id not in small)
+    for obj_id in by_precedence:
+        mask = _pixels_around(given[obj_id], size) if obj_id in small else resized[obj_id]
+        resized[obj_id] = mask & ~taken
+        taken = taken | mask
+    return resized
+
+
+def _pixels_around(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """The pixels at another size in which those of the mask lie."""
+    around = torch.zeros(size, dtype=torch.bool)
+    rows, columns = (
+        (indices * target + target // 2) // source
+        for indices, source, target in zip(mask.nonzero(as_tuple=True), mask.shape, size, strict=True)
+    )
+    around[rows, columns] = True
+    return around
 
 
 def resize_nearest(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

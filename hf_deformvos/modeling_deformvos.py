@@ -13,7 +13,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput, logging
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .backbone_deformvos import VisionTransformerBackbone, build_backbone
 from .configuration_deformvos import DeformVosConfig
@@ -34,7 +35,6 @@ logger = logging.get_logger(__name__)
 
 # Of a logit that must not win a softmax; representable in float16.
 MASKED_LOGIT = -1e4
-VOID = 255
 
 
 class ImageFeatures(NamedTuple):
@@ -128,7 +128,7 @@ class IdentityBank(nn.Module):
         return self.norm(self.embed(masks))
 
 
-class DecoderBlock(nn.Module):
+class DecoderBlock(GradientCheckpointingLayer):
     """Convolution, group norm, ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, eps: float, kernel: int = 3):
@@ -291,13 +291,13 @@ class DeformVosModel(DeformVosPreTrainedModel):
         self.backbone.fold_batch_norm()
         return self
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; refused after [`~DeformVosModel.fold_batch_norm`]."""
         if self.backbone.is_folded:
             raise ValueError(
                 "This model's batch norms are folded: save it before `fold_batch_norm`, or load it again."
             )
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def save_release(self, save_directory):
         """
@@ -400,6 +400,7 @@ class DeformVosModel(DeformVosPreTrainedModel):
                 layers.append(LayerMemory(memory.key, values.to(dtype), identification))
         return MemoryFrame(frame.frame_idx, tuple(layers), masks, frame.is_reference)
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.FloatTensor | None = None,
@@ -413,8 +414,8 @@ class DeformVosModel(DeformVosPreTrainedModel):
         inference_session=None,
         frame: torch.FloatTensor | None = None,
         frame_idx: int | None = None,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> DeformVosOutput | DeformVosVideoOutput:
         r"""
         Segment a batch of clips (training), or one frame of a session (inference, without gradients).
@@ -443,11 +444,16 @@ class DeformVosModel(DeformVosPreTrainedModel):
             frame (`torch.FloatTensor` of shape `(3, height, width)`, *optional*):
                 The next frame of a streaming session.
             frame_idx (`int`, *optional*): position of the frame; by default the one after the last.
-            output_attentions, output_hidden_states (`bool`): see [`DeformVosOutput`].
+            output_attentions, output_hidden_states (`bool`, *optional*):
+                See [`DeformVosOutput`]; by default what the configuration says.
 
         Raises:
-            ValueError: if shapes do not fit, or neither clips nor a session are given.
+            ValueError: if shapes or values do not fit, or neither clips nor a session are given.
         """
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if inference_session is not None:
             return inference_session.step(self, frame, frame_idx, output_attentions, output_hidden_states)
         if pixel_values is None or id_masks is None or num_objects is None:
@@ -458,8 +464,11 @@ class DeformVosModel(DeformVosPreTrainedModel):
         self._check_clip(pixel_values, id_masks, num_objects)
         slots = self._slots(object_slots, pixel_values.shape[0], num_objects, pixel_values.device)
         valid = self._valid(object_valid, slots, num_objects)
-        if gradient_frames is not None and gradient_frames < 1:
-            raise ValueError(f"`gradient_frames` must be at least 1, got {gradient_frames}.")
+        for name, value in (("gradient_frames", gradient_frames), ("memory_interval", memory_interval)):
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if isinstance(teacher_forcing, (int, float)) and teacher_forcing > 0:
+            self._check_forced(teacher_forcing, id_masks, pixel_values)
         frames = self._roll(
             pixel_values,
             id_masks,
@@ -502,9 +511,7 @@ class DeformVosModel(DeformVosPreTrainedModel):
                 outside the video or before the first mask.
         """
         frames = inference_session.frames_to_visit(self, start_frame_idx, max_frame_num_to_track, reverse)
-        total = inference_session.num_frames
-        if total is not None and max_frame_num_to_track is not None:
-            total = min(total, max_frame_num_to_track + 1)
+        total = inference_session.count_frames(start_frame_idx, max_frame_num_to_track, reverse)
         for frame_idx in tqdm(frames, desc="segment", unit="frame", total=total, disable=not show_progress_bar):
             yield self(inference_session=inference_session, frame_idx=frame_idx)
 
@@ -562,7 +569,7 @@ class DeformVosModel(DeformVosPreTrainedModel):
         num_objects = slots.shape[1]
         known = id_masks.masked_fill((id_masks < 0) | (id_masks > num_objects), 0)
         one_hot = torch.arange(num_objects + 1, device=id_masks.device)[None, :, None, None] == known[:, None]
-        shares = F.avg_pool2d(one_hot.float(), 5, 4, 2, count_include_pad=False)
+        shares = pool_to_stride4(one_hot)
         masks = shares.new_zeros(shares.shape[0], 1 + self.config.max_objects, *shares.shape[-2:])
         index = torch.cat([slots.new_zeros(len(slots), 1), slots + 1], dim=1)
         return masks.scatter(1, index[:, :, None, None].expand_as(shares), shares)
@@ -596,6 +603,14 @@ class DeformVosModel(DeformVosPreTrainedModel):
         if num_objects < 1:
             raise ValueError(f"`num_objects` must be at least 1, got {num_objects}.")
 
+    @staticmethod
+    def _check_forced(teacher_forcing: float, id_masks: torch.Tensor, pixel_values: torch.Tensor):
+        if id_masks.shape[1] < pixel_values.shape[1]:
+            raise ValueError(
+                f"`teacher_forcing` {teacher_forcing} needs the masks of all {pixel_values.shape[1]} frames, got "
+                f"`id_masks` of {id_masks.shape[1]}; without them, leave it at 0."
+            )
+
     def _slots(self, object_slots, batch_size: int, num_objects: int, device: torch.device) -> torch.Tensor:
         limit = self.config.max_objects
         if num_objects > limit:
@@ -607,6 +622,13 @@ class DeformVosModel(DeformVosPreTrainedModel):
             return torch.arange(num_objects, device=device).expand(batch_size, -1)
         if object_slots.shape != (batch_size, num_objects):
             raise ValueError(f"`object_slots` must be {(batch_size, num_objects)}, got {tuple(object_slots.shape)}.")
+        # Only where it costs nothing: reading values back would make a GPU wait.
+        if object_slots.device.type == "cpu":
+            ordered = object_slots.sort(dim=1).values
+            if ordered.min() < 0 or ordered.max() >= limit or bool((ordered.diff(dim=1) == 0).any()):
+                raise ValueError(
+                    f"`object_slots` must be 0 to {limit - 1}, each at most once a clip, got {object_slots.tolist()}."
+                )
         return object_slots.to(device)
 
     def _valid(self, object_valid, slots: torch.Tensor, num_objects: int) -> torch.Tensor:
@@ -622,6 +644,11 @@ class DeformVosModel(DeformVosPreTrainedModel):
         if isinstance(teacher_forcing, torch.Tensor):
             return teacher_forcing.to(device)
         return torch.rand(batch_size, num_frames, device=device) < teacher_forcing
+
+
+def pool_to_stride4(masks: torch.Tensor) -> torch.Tensor:
+    """Bool `(B, N, height, width)` to shares of the 5x5 pixels around each point, float32 `(B, N, 4h-3, 4w-3)`."""
+    return F.avg_pool2d(masks.float(), 5, 4, 2, count_include_pad=False)
 
 
 @contextmanager

@@ -151,7 +151,7 @@ class GridDeformableAttention(nn.Module):
         self.max_offset = config.max_offset
         self.use_offsets = config.use_offsets
         self.offset_network = OffsetNetwork(config, config.key_size, 1, stride)
-        # A learned Gaussian falloff with distance, any grid size: b = -decay * |p_query - p_key|^2 / h w.
+        # A learned Gaussian falloff with distance in tokens: b = -softplus(decay) * |p_query - p_key|^2.
         self.distance_decay = nn.Parameter(torch.tensor(-2.0)) if local else None
 
     def locate(self, query: torch.Tensor) -> torch.Tensor:

@@ -272,7 +272,12 @@ def changes(model, processor, frames, ids):
     yield step(2)
     yield step(3)
     give(4, obj_ids=[8, 70000], input_masks=[ids[4] == 3, np.zeros_like(ids[0], dtype=bool)])
+    dots = np.zeros((2, 1080, 1920), dtype=bool)
+    dots[0, 500, 6], dots[1, 700:702, 803] = True, True  # between the network's pixels, as nearest neighbours go
+    give(4, obj_ids=[20, 21], input_masks=dots)
     yield step(4)
+    session.remove_object(20)
+    session.remove_object(21)
     session.remove_object(10)  # and with it the second group
     yield step(5)
     session.remove_object(-5)
@@ -292,6 +297,47 @@ def test_objects_come_and_go(onnx_model, tiny_dir, one_thread):
     outputs = changes(onnx_model, onnx_model.processor, *clip)
     for output, expected in zip(outputs, changes(torch_model, torch_processor, *clip), strict=True):
         assert_same(output, expected)
+
+
+def edges(model, processor, frames, ids):
+    """What a session refuses, and where a propagation ends, as text."""
+    session = processor.init_video_session()
+
+    def step(index):
+        return model(inference_session=session, frame=processor(images=frames[index]).pixel_values[0]).object_ids
+
+    def refused(act, *arguments):
+        with pytest.raises(ValueError, match=r"Nothing is left|has passed|would be lost") as caught:
+            act(*arguments)
+        return str(caught.value)
+
+    for obj_id in (4, 5):
+        processor.add_inputs_to_inference_session(session, 0, obj_ids=[obj_id], input_masks=[ids[0] == 1])
+    yield refused(step, 0)
+    session.remove_object(4)
+    yield step(0), step(1), step(2)
+    yield refused(processor.add_inputs_to_inference_session, session, 1, [9], [ids[1] == 1])
+    for kind in (list, iter):
+        session = processor.init_video_session(video=kind(frames))
+        for frame_idx, obj_id in ((0, 1), (4, 2)):
+            mask = ids[frame_idx] == obj_id
+            processor.add_inputs_to_inference_session(session, frame_idx, obj_ids=[obj_id], input_masks=[mask])
+        for start in (None, 4):
+            yield session.count_frames(start, None, False), session.count_frames(start, 1, True)
+        for output in model.propagate_in_video_iterator(session):
+            yield output.frame_idx, output.object_ids
+            if output.frame_idx in (1, 4):
+                session.remove_object(1 if output.frame_idx == 1 else 2)
+    camera = processor.init_video_session(video=iter(frames))
+    processor.add_inputs_to_inference_session(camera, 0, obj_ids=[1], input_masks=[ids[0] == 1])
+    yield refused(lambda: list(model.propagate_in_video_iterator(camera, start_frame_idx=3)))
+
+
+def test_edges_of_a_session_are_pytorchs(onnx_model, tiny_dir, one_thread):
+    clip = moving_clip(7, (96, 160), 2)
+    expected = list(edges(*load_for_inference(tiny_dir, "cpu"), *clip))
+    assert list(edges(onnx_model, onnx_model.processor, *clip)) == expected
+    assert [event[0] for event in expected[5:8]] == [0, 1, 4], "nothing is left to follow at frames 2, 3 and 5"
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,37 @@ def test_gradient_checkpointing_changes_nothing(tiny_config):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
 
 
+def test_gradient_checkpointing_saves_memory():
+    def saved_bytes(checkpointing):
+        torch.manual_seed(0)
+        model = DeformVosModel(DeformVosConfig(**TINY_CONFIG)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        seen = {}
+
+        def pack(tensor):
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = model(*clip(), 2)
+        assert output.logits.requires_grad
+        return sum(count for address, count in seen.items() if address not in weights)
+
+    assert saved_bytes(True) < 0.4 * saved_bytes(False)
+
+
+def test_the_frozen_vit_stays_in_evaluation_mode():
+    torch.manual_seed(0)
+    vit = {**TEACHER_CONFIG["backbone_config"], "drop_path_rate": 0.5, "hidden_dropout_prob": 0.5}
+    model = DeformVosModel(DeformVosConfig(**{**TEACHER_CONFIG, "backbone_config": vit})).train()
+    pixel_values = torch.randn(1, 3, 65, 81)
+    with torch.no_grad():
+        assert torch.equal(model.backbone(pixel_values)[-1], model.backbone(pixel_values)[-1])
+    assert model.training and model.layers.training
+
+
 def rolled_gradients(model, gradient_frames, autocast):
     """Gradients of the last two frames' loss, by name, of a clip of five."""
     torch.manual_seed(0)
@@ -377,6 +408,10 @@ def test_configuration_is_validated(change, message):
         (lambda m, p, y: m(p, y, 0), "num_objects"),
         (lambda m, p, y: m(p, y, 11), "max_objects"),
         (lambda m, p, y: m(p, y, 2, object_slots=torch.zeros(1, 2, dtype=torch.long)), "object_slots"),
+        (lambda m, p, y: m(p, y, 2, object_slots=torch.tensor([[0, 1], [3, 3]])), "each at most once"),
+        (lambda m, p, y: m(p, y, 2, object_slots=torch.tensor([[0, 1], [3, 99]])), "0 to"),
+        (lambda m, p, y: m(p, y, 2, memory_interval=0), "`memory_interval` must be at least 1, got 0"),
+        (lambda m, p, y: m(p, y[:, :1], 2, teacher_forcing=1.0), "needs the masks of all 3 frames, got .* 1"),
     ],
 )
 def test_bad_clips_are_refused(tiny_model, call, message):

@@ -269,6 +269,90 @@ def test_overlapping_masks_go_to_the_one_given_last(tiny_model, tiny_processor, 
         assert session._memory.previous.masks[:, 1:].sum(1).max() <= 1.001
 
 
+def dot(row, column, size=SIZE):
+    mask = np.zeros(size, bool)
+    mask[row, column] = True
+    return mask
+
+
+@pytest.mark.parametrize("column", [0, 1, 2, 199, 317, 319])
+def test_an_object_is_never_too_small_to_be_given(column, tiny_model, tiny_processor, tiny_clip):
+    # 1920 columns on 161: most lie between those that nearest neighbours take.
+    frames, _ = tiny_clip
+    session = tiny_processor.init_video_session()
+    around, point = np.ones((1080, 1920), bool), dot(500, 6 * column, (1080, 1920))
+    tiny_processor.add_inputs_to_inference_session(session, 0, obj_ids=[3, 1], input_masks=[point, around & ~point])
+    (output,) = stream(tiny_model, tiny_processor, session, frames[:1])
+    given = output.pred_masks[:, 0] > 0
+    (row, found), *others = given[0].nonzero().tolist()
+    assert (row, found) == (500 * 97 // 1080, 6 * column * 161 // 1920) and not others
+    assert given.sum(0).max() == 1, "and no pixel is given twice"
+
+
+def test_a_new_object_that_others_cover_is_refused(tiny_model, tiny_processor, tiny_clip):
+    frames, ids = tiny_clip
+    session = tiny_processor.init_video_session()
+    for obj_id in (4, 5):
+        tiny_processor.add_inputs_to_inference_session(session, 0, obj_ids=[obj_id], input_masks=[ids[0] == 1])
+    with pytest.raises(ValueError, match="Nothing is left of the mask of object 4 on frame 0"):
+        stream(tiny_model, tiny_processor, session, frames[:1])
+    session.remove_object(4)
+    (output,) = stream(tiny_model, tiny_processor, session, frames[:1])
+    assert output.object_ids == [5] and output.pred_masks.max() > 0
+    # Of an object that is followed already it is a correction: it is hidden.
+    tiny_processor.add_inputs_to_inference_session(session, 1, obj_ids=[5], input_masks=[ids[1] == 1])
+    tiny_processor.add_inputs_to_inference_session(session, 1, obj_ids=[6], input_masks=[ids[1] == 1])
+    (output,) = stream(tiny_model, tiny_processor, session, frames[1:2])
+    assert output.object_ids == [5, 6] and output.pred_masks[0].max() < 0 < output.pred_masks[1].max()
+
+
+def test_masks_of_frames_that_a_stream_has_passed_are_refused(tiny_model, tiny_processor, tiny_clip):
+    frames, ids = tiny_clip
+    session = open_session(tiny_processor, None, ids[0])
+    stream(tiny_model, tiny_processor, session, frames[:4])
+    held = session.num_bytes
+    with pytest.raises(ValueError, match="Frame 2 has passed: frame 3 was handed over last"):
+        tiny_processor.add_inputs_to_inference_session(session, 2, obj_ids=[9], input_masks=[ids[2] == 1])
+    assert session.num_bytes == held and session.object_ids == [1, 2]
+    tiny_processor.add_inputs_to_inference_session(session, 3, obj_ids=[9], input_masks=[ids[3] == 1])
+    pixel_values = tiny_processor(images=frames[3]).pixel_values[0]
+    again = tiny_model(inference_session=session, frame=pixel_values, frame_idx=3)
+    assert again.object_ids == [1, 2, 9], "the last frame may be corrected and handed over once more"
+    camera = open_session(tiny_processor, iter(frames), ids[0])
+    tiny_processor.add_inputs_to_inference_session(camera, 4, obj_ids=[9], input_masks=[ids[4] == 1])
+    with pytest.raises(ValueError, match=r"masks of the frames \[0, 4\] would be lost.*Start at 0"):
+        next(tiny_model.propagate_in_video_iterator(camera, start_frame_idx=4))
+
+
+@pytest.mark.parametrize("kind", [list, iter])
+def test_the_last_object_may_be_removed_while_a_video_is_followed(kind, tiny_model, tiny_processor, tiny_clip):
+    frames, ids = tiny_clip
+
+    def visited(later):
+        session = tiny_processor.init_video_session(video=kind(frames))
+        tiny_processor.add_inputs_to_inference_session(session, 0, obj_ids=[1], input_masks=[ids[0] == 1])
+        if later:
+            tiny_processor.add_inputs_to_inference_session(session, 4, obj_ids=[2], input_masks=[ids[4] == 2])
+        for output in tiny_model.propagate_in_video_iterator(session):
+            yield output.frame_idx, output.object_ids
+            if output.frame_idx == 1:
+                session.remove_object(1)
+
+    assert list(visited(later=False)) == [(0, [1]), (1, [1])]
+    assert list(visited(later=True)) == [(0, [1]), (1, [1]), (4, [2]), (5, [2])]
+
+
+def test_the_bar_counts_the_frames_that_are_visited(tiny_model, tiny_processor, tiny_clip):
+    frames, ids = tiny_clip
+    session = tiny_processor.init_video_session(video=frames)
+    for index in (1, 4):
+        tiny_processor.add_inputs_to_inference_session(session, index, input_masks=ids[index])
+    for options in ((None, None, False), (3, None, False), (4, None, True), (1, 2, False), (4, 9, True)):
+        visited = list(tiny_model.propagate_in_video_iterator(session, *options))
+        assert session.count_frames(*options) == len(visited) > 0
+    assert tiny_processor.init_video_session(video=iter(frames)).count_frames(None, 3, False) is None
+
+
 def test_a_refused_frame_leaves_the_session_as_it_was(tiny_model, tiny_processor, tiny_clip):
     frames, ids = tiny_clip
     session = open_session(tiny_processor, None, ids[0])
@@ -461,6 +545,19 @@ def test_attentions_and_states_on_request(tiny_model, tiny_processor, tiny_clip)
     )
     assert set(output.attentions[0]) == set(output.sampled_locations[0]) == {"long_term", "short_term", "self"}
     assert output.hidden_states[0][0].shape[:2] == (1, TINY_CONFIG["hidden_size"])
+
+
+def test_the_configuration_and_return_dict_count_as_in_transformers(tiny_model, tiny_processor, tiny_clip, tmp_path):
+    frames, ids = tiny_clip
+    session = open_session(tiny_processor, None, ids[0])
+    stream(tiny_model, tiny_processor, session, frames[:1])
+    pixel_values = tiny_processor(images=frames[1]).pixel_values[0]
+    tiny_model.config.output_attentions = True
+    assert tiny_model(inference_session=session, frame=pixel_values).attentions
+    quiet = tiny_model(inference_session=session, frame=pixel_values, output_attentions=False, return_dict=False)
+    assert quiet[0] == 2 and quiet[1] == [1, 2] and len(quiet) == 3
+    tiny_model.save_pretrained(tmp_path, True, tiny_model.state_dict())
+    assert (tmp_path / "model.safetensors").exists()
 
 
 def broken(frame, value):

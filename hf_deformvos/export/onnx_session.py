@@ -204,7 +204,8 @@ class OnnxDeformVos:
         if show_progress_bar:
             from tqdm.auto import tqdm
 
-            frames = tqdm(frames, desc="segment", unit="frame", total=inference_session.num_frames)
+            total = inference_session.count_frames(start_frame_idx, max_frame_num_to_track, reverse)
+            frames = tqdm(frames, desc="segment", unit="frame", total=total)
         for frame_idx in frames:
             yield self(inference_session=inference_session, frame_idx=frame_idx)
 
@@ -887,6 +888,11 @@ class OnnxInferenceSession:
         if frame_idx < 0:
             raise ValueError(f"`frame_idx` must not be negative, got {frame_idx}.")
         if self.source is None:
+            if self._last_frame_idx is not None and frame_idx < self._last_frame_idx:
+                raise ValueError(
+                    f"Frame {frame_idx} has passed: frame {self._last_frame_idx} was handed over last. Give masks for "
+                    "that one or a later one, before it is handed over (again)."
+                )
             return
         if self.num_frames is not None and frame_idx >= self.num_frames:
             raise ValueError(f"`frame_idx` must be below the video's {self.num_frames} frames, got {frame_idx}.")
@@ -941,6 +947,7 @@ class OnnxInferenceSession:
                 f"No object is known at frame {frame_idx}: {first}. Call `processor.add_inputs_to_inference_session` "
                 "with `frame_idx` of this frame, or an earlier one, first."
             )
+        self._check_joining(given, frame_idx)
         features = model.graphs("encode", {"pixel_values": pixel_values})
         # Nothing of the session has changed so far: a frame that is refused leaves it as it was.
         joining = self._prepare_memory(model, frame_idx, given)
@@ -952,6 +959,16 @@ class OnnxInferenceSession:
         if self.source is None or not self.source.is_seekable:
             self._inputs.pop(frame_idx, None)
         return self._output(read, given, frame_idx)
+
+    def _check_joining(self, given: dict[int, np.ndarray], frame_idx: int):
+        """Refuses a new object of which nothing is left; `given` are the masks at network size."""
+        followed = () if self._objects is None else self._objects.object_ids
+        for obj_id, mask in given.items():
+            if obj_id not in followed and not mask.any() and self._inputs[frame_idx][obj_id].any():
+                raise ValueError(
+                    f"Nothing is left of the mask of object {obj_id} on frame {frame_idx}: masks that were given "
+                    "after it cover it. Give it last, or leave it out (`remove_object`)."
+                )
 
     def _next_frame_idx(self) -> int:
         earliest = 0 if self.source is None else self.source.first_readable
@@ -1127,12 +1144,27 @@ class OnnxInferenceSession:
         end = -1 if reverse else (self.num_frames if self.num_frames is not None else float("inf"))
         frame_idx, visited = start_frame_idx, 0
         while frame_idx != end and visited <= limit:
-            try:
-                self.source.read(frame_idx)
-            except FrameSource.End:
-                return
-            yield frame_idx
+            # Whoever receives a frame may remove the last object, or give the next one further on.
+            if self._is_empty and frame_idx not in self._inputs:
+                if not any((given - frame_idx) * direction > 0 for given in self._inputs):
+                    return
+            else:
+                try:
+                    self.source.read(frame_idx)
+                except FrameSource.End:
+                    return
+                yield frame_idx
             frame_idx, visited = frame_idx + direction, visited + 1
+
+    def count_frames(
+        self, start_frame_idx: int | None, max_frame_num_to_track: int | None, reverse: bool
+    ) -> int | None:
+        """How many frames [`frames_to_visit`] visits at most; `None` where only the end of the stream will tell."""
+        if self.num_frames is None:
+            return None
+        start = min(self._inputs, default=0) if start_frame_idx is None else start_frame_idx
+        ahead = start + 1 if reverse else self.num_frames - start
+        return ahead if max_frame_num_to_track is None else min(ahead, max_frame_num_to_track + 1)
 
     def _check_propagation(self, start_frame_idx, max_frame_num_to_track, reverse):
         if self.source is None:
@@ -1150,6 +1182,11 @@ class OnnxInferenceSession:
             return
         if self.num_frames is not None and not 0 <= start_frame_idx < self.num_frames:
             raise ValueError(f"`start_frame_idx` must be 0 to {self.num_frames - 1}, got {start_frame_idx}.")
+        if not self.source.is_seekable and min(self._inputs, default=start_frame_idx) < start_frame_idx:
+            raise ValueError(
+                f"The masks of the frames {sorted(self._inputs)} would be lost: this video is a stream, whose frames "
+                f"before `start_frame_idx` {start_frame_idx} cannot be read again. Start at {min(self._inputs)}."
+            )
         if not self.source.is_seekable and start_frame_idx not in self._inputs and self._last_frame_idx is None:
             raise ValueError(
                 f"No object is known at frame {start_frame_idx} of this stream: masks are on frames "
@@ -1165,13 +1202,31 @@ class OnnxInferenceSession:
 
 
 def _at_size(given: dict[int, np.ndarray], size: tuple[int, int]) -> dict[int, np.ndarray]:
-    """The given masks at network size, without overlaps: a pixel goes to the object that was given last."""
-    resized, taken = {}, np.zeros(size, dtype=bool)
-    for obj_id in reversed(given):
-        mask = resize_nearest(given[obj_id], size)
+    """
+    The given masks at network size, without overlaps: a pixel goes to the object that was given last, or to one that
+    is so small that no pixel is nearest to it.
+    """
+    resized = {obj_id: resize_nearest(mask, size) for obj_id, mask in given.items()}
+    small = {obj_id for obj_id, mask in given.items() if mask.any() and not resized[obj_id].any()}
+    taken = np.zeros(size, dtype=bool)
+    by_precedence = list(reversed(given))
+    by_precedence.sort(key=lambda obj_id: obj_id not in small)
+    for obj_id in by_precedence:
+        mask = _pixels_around(given[obj_id], size) if obj_id in small else resized[obj_id]
         resized[obj_id] = mask & ~taken
         taken = taken | mask
-    return {obj_id: resized[obj_id] for obj_id in given}
+    return resized
+
+
+def _pixels_around(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The pixels at another size in which those of the mask lie."""
+    around = np.zeros(size, dtype=bool)
+    rows, columns = (
+        (indices * target + target // 2) // source
+        for indices, source, target in zip(mask.nonzero(), mask.shape, size, strict=True)
+    )
+    around[rows, columns] = True
+    return around
 
 
 __all__ = [

@@ -223,6 +223,13 @@ def test_same_frames_and_seed_give_the_same_weights_even_in_inference_mode(tiny_
     assert not any(tensor.is_inference() for tensor in others.values())
 
 
+def test_more_objects_than_the_model_has_slots():
+    model = DeformVosModel(DeformVosConfig(**{**TINY_CONFIG, "max_objects": 2}))
+    image, ids = scene({1: (10, 10, 50, 50), 2: (60, 10, 100, 50), 3: (110, 10, 150, 50)})
+    adapted = adapt(model, [image], [ids], replace(SHORT, recomposed=1.0))
+    assert any(not torch.equal(*pair) for pair in zip(adapted.parameters(), model.parameters(), strict=True))
+
+
 def test_any_ids_several_frames_and_sizes(tiny_model):
     image, ids = scene({1: (20, 20, 60, 60), 2: (100, 40, 140, 80)})
     other, later = draw_scene(64, 64, {3: (10, 10, 50, 50)})
@@ -276,6 +283,10 @@ def test_mistakes_are_named(tiny_model):
         adapt(tiny_model, [image], [ids.astype(int) - 1], SHORT)
     with pytest.raises(ValueError, match="no mask shows an object"):
         adapt(tiny_model, [image], [ids * 0], SHORT)
+    dot = np.zeros((1000, 1000), np.uint8)
+    dot[3, 3] = 1
+    with pytest.raises(ValueError, match="at a short side of 65 pixels nothing is left of the objects"):
+        adapt(tiny_model, [np.zeros((1000, 1000, 3), np.uint8)], [dot], SHORT)
     with pytest.raises(ValueError, match="At most 254 objects can be adapted to at once, got 300"):
         adapt(tiny_model, [image], [np.arange(96 * 160).reshape(96, 160) % 301], SHORT)
     with pytest.raises(ValueError, match="before its batch norms are folded"):

@@ -137,6 +137,13 @@ def test_without_a_check_the_share_is_trusted(tiny_model, tiny_processor, tiny_c
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in made.state_dict().items())
 
 
+def test_a_model_in_training_mode_is_adapted_too(tiny_model, tiny_processor, tiny_clip):
+    frames, ids = tiny_clip
+    config = replace(SHORT, check_frames=3, blend=1.0)
+    made, share = adapt_to_video(tiny_model.train(), tiny_processor, frames, {0: ids[0]}, config)
+    assert tiny_model.training and not made.training and share in (0.0, 1.0)
+
+
 def test_the_first_frame_needs_a_mask(tiny_model, tiny_processor, tiny_clip):
     frames, ids = tiny_clip
     with pytest.raises(ValueError, match=r"The first frame must have a mask, got masks of the frames \[2\]"):

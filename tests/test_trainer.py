@@ -169,6 +169,8 @@ def test_learning_rate_rises_and_falls():
     assert learning_rate_factor(0.1, 10, 0.1, 0.9) == pytest.approx(0.9**0.9)
     assert learning_rate_factor(0.5, 50, 0.0, 1.0) == pytest.approx(0.5)
     assert learning_rate_factor(1.0, 100, 0.1, 0.9) == 0.0
+    # However many steps a run has: its warm-up is as long as it says.
+    assert learning_rate_factor(0.005, 500, 0.05, 0.9) == pytest.approx(0.1 * 0.995**0.9)
 
 
 def test_parameter_groups_have_own_rates(tmp_path):
@@ -325,6 +327,16 @@ def test_an_earlier_run_is_not_overwritten(tmp_path):
         make_trainer(tmp_path).train()
     finished = make_trainer(tmp_path, resume_from_checkpoint="latest").train()
     assert finished["steps"] == 6, "a finished run has nothing left to do"
+
+
+def test_results_of_an_earlier_run_are_not_overwritten(tmp_path):
+    make_trainer(tmp_path, checkpointing_steps=100).train()
+    assert not list_checkpoints(tmp_path)
+    log = (tmp_path / "log.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"holds the all_results\.json of an earlier run"):
+        make_trainer(tmp_path, checkpointing_steps=100).train()
+    assert (tmp_path / "log.jsonl").read_text() == log
+    assert make_trainer(tmp_path, checkpointing_steps=0).train()["steps"] == 6, "a quick run may be repeated"
 
 
 def test_checkpoints_of_another_student_are_refused(tmp_path):

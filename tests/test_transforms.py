@@ -182,6 +182,13 @@ def test_objects_too_small_in_the_first_frame_become_background():
     assert not empty.any()
 
 
+def test_objects_beyond_ten_are_numbered_too():
+    ids = torch.arange(1, 13, dtype=torch.uint8).repeat_interleave(4).view(1, 1, 1, 48) + 200
+    new, valid = compact_ids(ids, min_area=4)
+    assert valid.tolist() == [[True] * 12]
+    assert torch.equal(new, ids.long() - 200)
+
+
 def test_samples_that_a_warp_would_lose_keep_their_object():
     raw = make_raw(True, batch=2)
     raw.masks[:] = 0

@@ -23,6 +23,8 @@ from .clips import GivenFrames
 _WARM_UP = 0.1
 _POWER = 0.9
 _MAX_GRADIENT = 1.0
+# Of one clip: where more are given, each clip draws its own.
+_MAX_OBJECTS = 3
 # Of clips, as a ratio of their sides.
 _MOST_ELONGATED = 2.0
 
@@ -80,14 +82,6 @@ class AdaptationConfig:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"`{name}` must be a share between 0 and 1, got {getattr(self, name)}.")
 
-    def adapt_to_video(
-        self, model, processor, frames: Sequence[Image.Image | np.ndarray], masks: dict[int, np.ndarray], size: dict
-    ):
-        """[`adapt_to_video`] with these settings."""
-        from .round_trip import adapt_to_video
-
-        return adapt_to_video(model, processor, frames, masks, self, size)
-
 
 class Adaptation:
     """
@@ -112,7 +106,8 @@ class Adaptation:
         self.config, self.done = config or AdaptationConfig(), 0
         config = self.config
         images, masks = _prepare(images, masks, config.short_side)
-        spec = ClipSpec(_clip_size(masks[0].shape, config.short_side), config.num_frames, config.batch_size)
+        size, most = _clip_size(masks[0].shape, config.short_side), min(_MAX_OBJECTS, model.config.max_objects)
+        spec = ClipSpec(size, config.num_frames, config.batch_size, max_objects=most)
         self._clips = GivenFrames(images, masks, spec, config.recomposed, config.leave, config.seed)
         self._plan = StepPlan(config.own_masks, config.bootstrap_share)
         self._before = model
@@ -250,6 +245,11 @@ def _prepare(
         ready_masks.append(np.array(numbered.resize(size, Image.NEAREST)))
     if not ready_masks:
         raise ValueError("There is nothing to adapt to: no mask shows an object. Give a mask with ids above 0.")
+    if not any(mask.any() for mask in ready_masks):
+        raise ValueError(
+            f"There is nothing to adapt to: at a short side of {short_side} pixels nothing is left of the objects. "
+            "Adapt at a larger `short_side`, or follow them without."
+        )
     return ready_images, ready_masks
 
 

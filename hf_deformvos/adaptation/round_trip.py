@@ -65,11 +65,11 @@ def adapt_to_video(
     shown = [frames[position] for position in range(min(len(frames), config.check_frames))]
 
     def agreement(candidate) -> float:
-        ready = prepare_for_inference(copy.deepcopy(candidate), fastest_dtype(model.device.type))
+        ready = prepare_for_inference(copy.deepcopy(candidate).eval(), fastest_dtype(model.device.type))
         return round_trip_agreement(ready, processor, shown, masks, size)
 
     least = agreement(model) - _TOLERANCE
-    for share in (1.0, config.blend):
+    for share in dict.fromkeys((1.0, config.blend)):
         candidate = blended(adapted, model, share)
         if agreement(candidate) >= least:
             return candidate, share

@@ -368,11 +368,11 @@ def _blur(images: torch.Tensor, config: AugmentConfig, generator: torch.Generato
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _first_areas(ids: torch.Tensor, max_id: int = 10) -> torch.Tensor:
-    """Pixels `(batch, max_id)` that ids 1..max_id cover in the first frame."""
+def _first_areas(ids: torch.Tensor) -> torch.Tensor:
+    """Pixels `(batch, 254)` that ids 1..254 cover in the first frame."""
     offset = torch.arange(ids.shape[0], device=ids.device, dtype=torch.int32).view(-1, 1, 1) * 256
     counts = torch.bincount((ids[:, 0].int() + offset).flatten(), minlength=256 * ids.shape[0])
-    return counts.view(-1, 256)[:, 1 : max_id + 1]
+    return counts.view(-1, 256)[:, 1:VOID]
 
 
 @dataclass
@@ -527,9 +527,9 @@ def _paste_all(images: torch.Tensor, ids: torch.Tensor, config: AugmentConfig, g
     donors = torch.randint(1, max(batch, 2), (batch, 2), generator=generator)
     pastes = torch.rand(batch, config.pastes, 3, generator=generator).tolist()
     paste_donors = torch.randint(1, max(batch, 2), (batch, config.pastes), generator=generator)
-    areas = _first_areas(ids).cpu()
+    areas = _first_areas(ids).tolist()
     highest = torch.where(ids == VOID, 0, ids).flatten(1).amax(1).tolist()
-    present = [[n + 1 for n in range(areas.shape[1]) if areas[b, n] >= 3 * config.min_area] for b in range(batch)]
+    present = [[n for n, area in enumerate(row, start=1) if area >= 3 * config.min_area] for row in areas]
     several = config.pastes > 1
     changed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for index in range(batch):

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -31,28 +31,16 @@ from .macs import count_macs as counting_macs
 from .scoring import SequenceScore, SequenceScorer, map_in_processes, score_folder
 
 
+if TYPE_CHECKING:
+    from ..adaptation import AdaptationConfig
+
+
 logger = logging.get_logger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
 RUN_FILE = "run.json"
 # The first steps of a stream allocate and pick kernels; the median is taken after them.
 _WARM_UP_FRAMES = 5
-
-
-class Adapter(Protocol):
-    """
-    What adapts a model to given frames: a dataclass, whose values are recorded with the results.
-
-    Attributes:
-        check_frames (`int`): Frames of the video that it looks at beside those that are given.
-    """
-
-    check_frames: int
-
-    def adapt_to_video(
-        self, model, processor, frames: Sequence[Image.Image], masks: dict[int, np.ndarray], size: dict
-    ) -> tuple:
-        """A model that has learned the objects, and the share of that in it; see `hf_deformvos.adaptation`."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +56,9 @@ class RunnerConfig:
         short_side (`int`, *optional*): Short side of the network's input in pixels, instead of the processor's.
         memory_interval (`int`, *optional*): Instead of the configuration's.
         overrides (`dict`, *optional*): Values for other fields of the model's configuration, such as `use_offsets`.
-        adaptation ([`Adapter`], *optional*):
-            Such as an [`~hf_deformvos.adaptation.AdaptationConfig`]: how a copy of the model is adapted to each
-            sequence's first given masks, before it follows them. By default it is not.
+        adaptation ([`~hf_deformvos.adaptation.AdaptationConfig`], *optional*):
+            How a copy of the model is adapted to each sequence's first given masks, before it follows them. By
+            default it is not.
         save_masks (`str`, *optional*): Folder for palette PNGs, `<folder>/<sequence>/<frame>.png`.
         resume (`bool`, *optional*, defaults to `False`):
             Whether a sequence whose masks all lie in `save_masks`, of the same weights and settings, is not run again.
@@ -86,7 +74,7 @@ class RunnerConfig:
     short_side: int | None = None
     memory_interval: int | None = None
     overrides: dict = field(default_factory=dict)
-    adaptation: Adapter | None = None
+    adaptation: "AdaptationConfig | None" = None
     save_masks: str | None = None
     resume: bool = False
 
@@ -446,8 +434,11 @@ def load_runner(config: RunnerConfig, loader: Callable[[RunnerConfig], tuple] = 
     device, dtype = resolve_device(config.device), getattr(torch, config.dtype)
 
     def adapted(model, frames: Sequence[Image.Image], given: np.ndarray) -> tuple:
+        # It trains, and training evaluates.
+        from ..adaptation import adapt_to_video
+
         size = size_option(processor, config.short_side)
-        made, share = config.adaptation.adapt_to_video(model, processor, frames, {0: given}, size)
+        made, share = adapt_to_video(model, processor, frames, {0: given}, config.adaptation, size)
         return prepare_for_inference(made, config.dtype), share
 
     options = {"adapt": adapted} if config.adaptation else {}
@@ -662,7 +653,6 @@ def _synchronize(device: torch.device) -> None:
 
 
 __all__ = [
-    "Adapter",
     "DTYPES",
     "EvaluationRun",
     "ModelFacts",

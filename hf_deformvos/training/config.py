@@ -310,7 +310,10 @@ class TrainingConfig:
 
     gradient_accumulation_steps: int = _help(1, "Forward passes a step.")
     mixed_precision: str = _help("bf16", "no, bf16 or fp16.")
-    gradient_checkpointing: bool = _help(False, "Trade time for memory in the backward pass.")
+    gradient_checkpointing: bool = _help(
+        False,
+        "Keep a fraction of the activations for the backward pass, and compute the others anew: slower, smaller.",
+    )
     cpu_threads: int = _help(
         0, "Threads of a process on a CPU, at most its cores; 0 takes what the launcher sets, which may be one."
     )
@@ -406,6 +409,17 @@ class TrainingConfig:
         """Most labelled objects that any clip of the run can hold, pasted ones included."""
         pastes = (self.paste if stage.paste is None else stage.paste for stage in self._stages)
         return self.max_objects + self.pastes * any(pastes)
+
+    def check_teacher(self, teacher) -> None:
+        """
+        Raises:
+            ValueError: If the run needs a teacher, and there is none.
+        """
+        if self.supervision != "labels" and teacher is None:
+            raise ValueError(
+                f"`supervision` {self.supervision!r} needs a teacher to make pseudo-labels; give `teacher`, or use "
+                "supervision labels."
+            )
 
     def stage_at(self, progress: float) -> Stage:
         """The stage that a progress in [0, 1] falls into."""

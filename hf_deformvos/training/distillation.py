@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .losses import VOID
+from ..data.store import VOID
 
 
 # Finite, so that the probability 0 of an object that does not exist times the logarithm of it is 0 and not NaN.

@@ -7,9 +7,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-
-VOID = 255
-_MASKED = -1e4
+from ..data.store import VOID
+from ..modeling_deformvos import MASKED_LOGIT
 
 
 def _full_precision(logits: torch.Tensor) -> torch.Tensor:
@@ -35,7 +34,7 @@ def upsample_logits(logits: torch.Tensor, size: tuple[int, int], object_valid: t
     large = large.unflatten(0, (batch, frames))
     if object_valid is not None and not bool(object_valid.all()):
         absent = F.pad(~object_valid, (1, 0), value=False)
-        large = large.masked_fill(absent[:, None, :, None, None], _MASKED)
+        large = large.masked_fill(absent[:, None, :, None, None], MASKED_LOGIT)
     return large
 
 

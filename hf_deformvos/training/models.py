@@ -155,11 +155,7 @@ def build_teacher(config: TrainingConfig) -> Teacher | None:
     """
     if config.teacher is not None:
         return Teacher(config.teacher)
-    if config.supervision != "labels":
-        raise ValueError(
-            f"`supervision` {config.supervision!r} needs a teacher to make pseudo-labels; give `teacher`, or use "
-            "supervision labels."
-        )
+    config.check_teacher(None)
     return None
 
 

@@ -7,6 +7,10 @@ from torch import nn
 from .config import TrainingConfig
 
 
+# Share of the peak rate that the warm-up starts from, reached within ten steps.
+_LEAST_RISE = 0.01
+
+
 def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict]:
     """
     Trainable parameters by learning rate and weight decay.
@@ -39,7 +43,7 @@ def learning_rate_factor(progress: float, step: int, warm_up: float, power: floa
     """Share of the peak learning rate: a linear rise over `warm_up`, times polynomial decay to 0 at progress 1."""
     rise = 1.0 if warm_up <= 0 else min(1.0, progress / warm_up)
     # The very first steps of a run that is driven by time or has many steps would otherwise do nothing.
-    rise = max(rise, min(1.0, (step + 1) * 1e-3))
+    rise = max(rise, min(_LEAST_RISE, (step + 1) * 1e-3))
     return rise * (1.0 - min(1.0, progress)) ** power
 
 

@@ -39,6 +39,8 @@ from .task import SegmentationTask, StepPlan, step_generator
 
 logger = logging.get_logger(__name__)
 
+RESULTS_FILE = "all_results.json"
+
 _MAX_SKIPPED_STEPS = 20
 # Reading data for the first time, which one process does for all, may take hours.
 _PATIENCE = timedelta(hours=12)
@@ -91,11 +93,7 @@ class Trainer:
     ):
         if not config.max_train_steps and not config.max_train_minutes:
             raise ValueError("A run needs `max_train_steps` or `max_train_minutes`, got neither.")
-        if config.supervision != "labels" and task.teacher is None:
-            raise ValueError(
-                f"`supervision` {config.supervision!r} needs a teacher to make pseudo-labels; give `teacher`, or use "
-                "supervision labels."
-            )
+        config.check_teacher(task.teacher)
         if config.push_to_hub:
             Target(config.hub_model_id)  # a wrong name is told before the run rather than after it
         self.config, self.task, self.sampler, self.processor, self.evaluate = (
@@ -170,18 +168,15 @@ class Trainer:
             `dict`: the results.
 
         Raises:
-            ValueError: If the folder holds another run's checkpoints and this one does not resume, or a checkpoint
-                does not fit.
+            ValueError: If the folder holds another run's checkpoints or results and this one does not resume, or a
+                checkpoint does not fit.
         """
         config = self.config
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if config.resume_from_checkpoint:
             self._resume()
-        elif list_checkpoints(self.output_dir):
-            raise ValueError(
-                f"`output_dir` {config.output_dir!r} holds an earlier run's checkpoints; continue it with "
-                "`resume_from_checkpoint` latest, or name another folder."
-            )
+        else:
+            self._refuse_to_overwrite()
         if self._origins is None:
             # Now, not at the end: by then another model may lie in the folder of the one that this run started from.
             self._origins = lineage(config)
@@ -196,6 +191,20 @@ class Trainer:
         finally:
             batches.close()
         return self._finish()
+
+    def _refuse_to_overwrite(self) -> None:
+        """An earlier run is not lost to a repeated command; one that keeps no checkpoints may be repeated."""
+        folder = self.config.output_dir
+        if list_checkpoints(self.output_dir):
+            raise ValueError(
+                f"`output_dir` {folder!r} holds an earlier run's checkpoints; continue it with "
+                "`resume_from_checkpoint` latest, or name another folder."
+            )
+        if self.config.checkpointing_steps and (self.output_dir / RESULTS_FILE).exists():
+            raise ValueError(
+                f"`output_dir` {folder!r} holds the {RESULTS_FILE} of an earlier run that is over; name another "
+                "folder, or remove this one."
+            )
 
     def _loop(self, batches: Prefetcher | WorkerProcesses, stop: threading.Event) -> None:
         """Steps, with what is due after each, until the run is over or shall stop."""
@@ -480,7 +489,7 @@ class Trainer:
             self.save_release(self.output_dir)
             weights = (self.output_dir / "model.safetensors").read_bytes()
             results["sha256"] = hashlib.sha256(weights).hexdigest()
-            (self.output_dir / "all_results.json").write_text(json.dumps(results, indent=2) + "\n")
+            (self.output_dir / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n")
             logger.info(f"Wrote {self.output_dir / 'model.safetensors'} after {self.step} steps, {self.clips} clips.")
         self.accelerator.wait_for_everyone()
         self.log.close()

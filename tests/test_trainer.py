@@ -330,12 +330,13 @@ def test_an_earlier_run_is_not_overwritten(tmp_path):
 
 
 def test_results_of_an_earlier_run_are_not_overwritten(tmp_path):
-    make_trainer(tmp_path, checkpointing_steps=100).train()
-    assert not list_checkpoints(tmp_path)
-    log = (tmp_path / "log.jsonl").read_text()
+    trainer = make_trainer(tmp_path, checkpointing_steps=100, logging_steps=2)
+    trainer.train()
+    assert not list_checkpoints(trainer.output_dir)
+    log = trainer.log.path.read_text()
     with pytest.raises(ValueError, match=r"holds the all_results\.json of an earlier run"):
         make_trainer(tmp_path, checkpointing_steps=100).train()
-    assert (tmp_path / "log.jsonl").read_text() == log
+    assert trainer.log.path.read_text() == log
     assert make_trainer(tmp_path, checkpointing_steps=0).train()["steps"] == 6, "a quick run may be repeated"
 
 

@@ -27,13 +27,14 @@ def release(
     memory_interval: int | None,
     data: list[str] | None = None,
     blend: float | None = None,
+    average: list[Path] | None = None,
 ):
     """Write the folder."""
     results = json.loads((run / "all_results.json").read_text())
     # Before the folder is written: a run may have started from what it held. Older runs do not tell.
     known = "initialised_from" in results or "teacher" in results
     origins = {} if known else lineage(TrainingConfig(**results["config"]))
-    release_run(run, folder, short_side, memory_interval, data, origins, blend)
+    release_run(run, folder, short_side, memory_interval, data, origins, blend, average or ())
     records = {path.stem: json.loads(path.read_text()) for path in (ROOT / "docs" / "numbers").glob("*.json")}
     write_card(folder, records)
 
@@ -48,6 +49,13 @@ def main() -> int:
     parser.add_argument("--data", nargs="+", metavar="NAME", help="data sets, if not those of the run's folders")
     parser.add_argument(
         "--blend", type=float, metavar="SHARE", help="share of the run's weights; the rest is of what it started from"
+    )
+    parser.add_argument(
+        "--average",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="further runs from the same start, to take the mean of all",
     )
     arguments = parser.parse_args()
     try:

@@ -33,7 +33,7 @@ from hf_deformvos.publishing.measurements import sha256_of
 from hf_deformvos.publishing.publish import publish_release
 from hf_deformvos.publishing.release import data_names, release_run
 from hf_deformvos.publishing.space import build_wheel, read_settings, stage_space
-from hf_deformvos.training.lineage import describe_origin
+from hf_deformvos.training.lineage import describe_origin, total_clips
 
 
 SETTINGS = {
@@ -608,6 +608,49 @@ def test_a_release_between_a_run_and_what_it_started_from(tmp_path, tiny_model, 
     (run / "all_results.json").write_text(json.dumps({**results, "config": {**SETTINGS, "student": "none"}}))
     with pytest.raises(ValueError, match=r"`blend` needs a run that started from a model's folder .* got 'none'"):
         release_run(run, tmp_path / "out", blend=0.5)
+
+
+def test_a_release_of_several_runs_from_one_start(tmp_path, tiny_model, tiny_processor):
+    def write_run(name, clips, start="0" * 64):
+        trained = copy.deepcopy(tiny_model)
+        with torch.no_grad():
+            for parameter in trained.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        trained.save_pretrained(tmp_path / name)
+        tiny_processor.save_pretrained(tmp_path / name)
+        origin = {
+            "name": "start",
+            "clips": 7,
+            "steps": 3,
+            "minutes": 1.0,
+            "weights_sha256": start,
+            "settings": SETTINGS,
+        }
+        config = {**SETTINGS, "student": str(tmp_path / "start"), "seed": clips}
+        results = {"steps": 1, "clips": clips, "minutes": 2.04, "parameters": 5, "device": "CPU", "config": config}
+        (tmp_path / name / "all_results.json").write_text(json.dumps({**results, "initialised_from": origin}))
+        return tmp_path / name
+
+    tiny_model.save_pretrained(tmp_path / "start")
+    start = sha256_of(tmp_path / "start" / "model.safetensors")
+    runs = [write_run(name, clips, start) for name, clips in (("one", 10), ("two", 20), ("three", 30))]
+    facts = release_run(runs[0], tmp_path / "out", blend=0.6, average=runs[1:])
+    assert [run["clips"] for run in facts["averaged_with"]] == [20, 30]
+    assert [run["settings"]["seed"] for run in facts["averaged_with"]] == [20, 30]
+    first, *made, out = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "start", *runs, tmp_path / "out")
+    )
+    for name, value in out.items():
+        expected = 0.4 * first[name].double() + 0.2 * sum(weights[name].double() for weights in made)
+        torch.testing.assert_close(value.double(), expected, rtol=2e-3, atol=1e-3)
+    card = " ".join(cards.render_card(tmp_path / "out", {}).split())
+    assert "The last 3 runs started from the same weights" in card and "67 clips in 7 minutes" in card
+    assert "60% are those of the last runs, the rest those that they started from" in card
+    origin = describe_origin(str(tmp_path / "out"))
+    assert total_clips(100, origin) == 167
+    other = write_run("other", 40, "1" * 64)
+    with pytest.raises(ValueError, match=rf"{other} started from 1{{64}}, not from {start}"):
+        release_run(runs[0], tmp_path / "again", average=[other])
 
 
 # Spaces

@@ -78,9 +78,9 @@ def _checksum(body: str) -> str:
 
 def runs_of(facts: dict) -> list[dict]:
     """The runs that made the weights, first to last."""
-    runs = [facts]
-    while (earlier := runs[0].get("initialised_from")) and "clips" in earlier:
-        runs.insert(0, earlier)
+    runs, first = [facts, *facts.get("averaged_with", [])], facts
+    while (earlier := first.get("initialised_from")) and "clips" in earlier:
+        runs, first = [earlier, *earlier.get("averaged_with", []), *runs], earlier
     return runs
 
 
@@ -159,6 +159,7 @@ def _context(facts: dict, config: dict, provenance: dict, folder: Path, records:
         "precision": _PRECISIONS[own["mixed_precision"]],
         "runs": _runs_table(runs),
         "blend": f"{facts['blend']:.0%}" if "blend" in facts else None,
+        "averaged": len(facts["averaged_with"]) + 1 if "averaged_with" in facts else None,
         "backbone_rate": f"{own['backbone_lr_scale']:g} times the learning rate for the backbone",
         "data": _data_table(data, provenance),
         "held_out": _HELD_OUT if "davis2016-train" in data else "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..image_processing_deformvos import DeformVosImageProcessor
@@ -33,6 +34,7 @@ def release_run(
     data: list[str] | None = None,
     origins: dict | None = None,
     blend: float | None = None,
+    average: Sequence[str | Path] = (),
 ) -> dict:
     """
     Write a release folder's model files and `training.json`; the card is [`write_card`]'s.
@@ -47,12 +49,15 @@ def release_run(
         origins (`dict`, *optional*): `initialised_from` and `teacher`, for runs whose results do not tell.
         blend (`float`, *optional*): this share of the weights is the run's, the rest is of those that it started from:
             what training on few data gained, with less of what it forgot (Wortsman et al., WiSE-FT, arXiv 2109.01903).
+        average (sequence of `str` or `Path`, *optional*): output folders of further runs that started from the same
+            weights: the run's weights are the mean of all of theirs (Wortsman et al., Model soups, arXiv 2203.05482).
 
     Returns:
         `dict`: what `training.json` holds.
 
     Raises:
-        ValueError: if the run has no results, holds no DeformVOS model, or did not start from weights to blend with.
+        ValueError: if a run has no results, holds no DeformVOS model, did not start from weights to blend with, or
+            started from others than the runs that it is averaged with.
     """
     run, folder = Path(run), Path(folder)
     results = read_json(run / "all_results.json")
@@ -61,10 +66,9 @@ def release_run(
     model = DeformVosModel.from_pretrained(
         run, **({} if memory_interval is None else {"memory_interval": memory_interval})
     )
+    others = _average(model, results, average)
     if blend is not None:
-        start = results["config"]["student"]
-        origin = recorded.get("initialised_from", {})
-        _blend(model, blend, start, origin.get("weights_sha256", origin.get("sha256")))
+        _blend(model, blend, results["config"]["student"], _start_of(results))
     folder.mkdir(parents=True, exist_ok=True)
     model.save_release(folder)
     if short_side is None:
@@ -82,10 +86,40 @@ def release_run(
         "parameters": results["parameters"],
         "weights_sha256": sha256_of(folder / "model.safetensors"),
         **({"data": names} if names else {}),
-        "settings": {name: results["config"][name] for name in SETTINGS if name in results["config"]},
+        "settings": _settings_of(results),
+        **({"averaged_with": others} if others else {}),
         **(recorded or origins or {}),
     }
     (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    return facts
+
+
+def _settings_of(results: dict) -> dict:
+    return {name: results["config"][name] for name in SETTINGS if name in results["config"]}
+
+
+def _start_of(results: dict) -> str | None:
+    """The checksum of the weights that a run started from, where that is recorded."""
+    origin = results.get("initialised_from", {})
+    return origin.get("weights_sha256", origin.get("sha256"))
+
+
+def _average(model: DeformVosModel, results: dict, runs: Sequence[str | Path]) -> list[dict]:
+    """Makes a model's weights the mean of its own and those of further runs; what these were."""
+    facts = []
+    for number, run in enumerate(map(Path, runs), start=2):
+        others = read_json(run / "all_results.json")
+        if _start_of(others) != _start_of(results):
+            raise ValueError(
+                f"`average` takes runs that started from the same weights, but those of {run} started from "
+                f"{_start_of(others)}, not from {_start_of(results)} (sha256)."
+            )
+        state = DeformVosModel.from_pretrained(run, dtype="float32").state_dict()
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                value.lerp_(state[name], 1 / number)
+        known = {name: others[name] for name in ("steps", "clips", "minutes", "device") if name in others}
+        facts.append({**known, "minutes": round(others["minutes"], 1), "settings": _settings_of(others)})
     return facts
 
 

@@ -66,8 +66,8 @@ def describe_origin(source: str) -> dict:
         origin["data"] = data
     known = {item.name for item in fields(TrainingConfig)} - _PRIVATE
     origin["settings"] = {name: value for name, value in settings.items() if name in known and not _names_file(value)}
-    for name in ("initialised_from", "teacher"):
-        if isinstance(record.get(name), dict):
+    for name, kind in (("initialised_from", dict), ("teacher", dict), ("averaged_with", list)):
+        if isinstance(record.get(name), kind):
             origin[name] = record[name]
     return origin
 
@@ -81,4 +81,7 @@ def lineage(config: TrainingConfig) -> dict:
 
 def total_clips(clips: int, origin: dict | None) -> int:
     """Clips that weights have seen: in this run, and in those that it started from."""
-    return clips + (total_clips(origin.get("clips", 0), origin.get("initialised_from")) if origin else 0)
+    if not origin:
+        return clips
+    seen = origin.get("clips", 0) + sum(run["clips"] for run in origin.get("averaged_with", []))
+    return clips + total_clips(seen, origin.get("initialised_from"))

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +33,13 @@ def write_video(path, num_frames: int = 8) -> str:
     with H264Writer(path, fps=25, crf=8) as writer:
         for t in range(num_frames):
             writer.write(make_frame(t))
+    return str(path)
+
+
+def write_noise(path, num_frames: int) -> str:
+    with H264Writer(path, fps=25) as writer:
+        for t in range(num_frames):
+            writer.write(np.random.default_rng(t).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8))
     return str(path)
 
 
@@ -103,6 +111,33 @@ def clip(tmp_path):
     """A video of eight frames, and the mask of its first."""
     write_palette_png(tmp_path / "mask.png", square_mask())
     return write_video(tmp_path / "clip.mp4"), str(tmp_path / "mask.png")
+
+
+@pytest.fixture
+def unknown_length(monkeypatch):
+    """Videos whose number of frames is known only at their end, as that of some Matroska files."""
+    from hf_deformvos.video_source_deformvos import FileSource
+
+    original = FileSource.frames
+
+    def frames(self):
+        for frame in original(self):
+            self.num_frames = None
+            yield frame
+
+    monkeypatch.setattr(FileSource, "frames", frames)
+
+
+@contextmanager
+def small_disk(size: int):
+    """No file can grow beyond so many bytes, as if the disk were full."""
+    resource = pytest.importorskip("resource", reason="Windows does not limit the size of files")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def run(*arguments) -> int:
@@ -307,6 +342,59 @@ def test_output_mistakes(tmp_path, clip, fake, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("overlay", "message"),
+    [
+        ("folder.mp4", "--overlay must be a file"),
+        ("file/overlay.mp4", "--overlay must lie in a folder that can be written to"),
+        pytest.param(
+            "/proc/overlay.mp4",
+            "--overlay must lie in a folder that can be written to",
+            marks=pytest.mark.skipif(sys.platform != "linux", reason="a folder in which nobody can write"),
+        ),
+    ],
+)
+def test_overlay_mistakes_keep_earlier_results(tmp_path, clip, fake, capsys, overlay, message):
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "file").write_text("")
+    arguments = [clip[0], "--mask", clip[1], "--output", tmp_path / "out"]
+    assert run(*arguments) == 0
+    before = results_of(tmp_path / "out")
+    assert run(*arguments, "--overwrite", "--overlay", tmp_path / overlay) == 2
+    error = error_of(capsys)
+    assert message in error and overlay in error and "choose another" in error
+    assert results_of(tmp_path / "out") == before
+    assert len(list((tmp_path / "out" / "masks").iterdir())) == 8
+
+
+@pytest.mark.parametrize("name", ["results.json", "masks/00001.png"])
+def test_folder_in_the_place_of_a_result_keeps_earlier_results(tmp_path, clip, fake, capsys, name):
+    (tmp_path / "out" / name).mkdir(parents=True)
+    (tmp_path / "out" / "masks").mkdir(exist_ok=True)
+    earlier = tmp_path / "out" / "masks" / "00000.png"
+    write_palette_png(earlier, square_mask())
+    assert run(clip[0], "--mask", clip[1], "--output", tmp_path / "out", "--overwrite") == 2
+    assert f"{name} is a folder" in error_of(capsys)
+    assert earlier.is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--preset", "fast"], "--preset fast, which is bfloat16 here"),
+        (["--dtype", "float16"], "--dtype float16"),
+    ],
+)
+def test_precision_of_an_exported_model(tmp_path, clip, capsys, monkeypatch, options, named):
+    monkeypatch.setattr("hf_deformvos.inference.fastest_dtype", lambda device_type: "bfloat16")
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "deformvos_export.json").write_text("{}")
+    arguments = ["--model", tmp_path / "exported", "--output", tmp_path / "out", *options]
+    assert run(clip[0], "--mask", clip[1], *arguments) == 2
+    assert f"takes float32, got {named}; pass --dtype float32." in error_of(capsys)
+    assert not (tmp_path / "out").exists()
+
+
 def test_model_and_device_mistakes(tmp_path, clip, capsys):
     video, mask = clip
     arguments = [video, "--mask", mask, "--output", tmp_path / "out"]
@@ -340,31 +428,28 @@ def test_help_and_version(capsys):
 # Nothing is lost
 
 
-def test_mask_frame_beyond_a_video_of_unknown_length(tmp_path, clip, fake, capsys, monkeypatch):
+def test_mask_frame_beyond_a_video_of_unknown_length(tmp_path, clip, fake, capsys, unknown_length):
     """Known only at the end, when the frames before it have been segmented: they are kept."""
-    from hf_deformvos.video_source_deformvos import FileSource
-
-    original = FileSource.frames
-
-    def frames(self):
-        for frame in original(self):
-            self.num_frames = None
-            yield frame
-
-    monkeypatch.setattr(FileSource, "frames", frames)
     write_palette_png(tmp_path / "late.png", square_mask(3, object_id=2))
     arguments = ["--mask", clip[1], "--mask-frame", 0, "--mask", tmp_path / "late.png", "--mask-frame", 20]
     assert run(clip[0], *arguments, "--output", tmp_path / "out") == 2
-    assert "number of frames read, 8, got 20" in error_of(capsys)
-    assert len(results_of(tmp_path / "out")["frames"]) == 8
+    error = error_of(capsys)
+    assert "number of frames read, 8, got 20; masks of frames before 20 were used" in error
+    results = results_of(tmp_path / "out")
+    assert len(results["frames"]) == 8
+    assert not results["completed"] and f"error: {results['error']}" == error
+
+
+def test_only_mask_beyond_a_video_of_unknown_length(tmp_path, clip, fake, capsys, unknown_length):
+    assert run(clip[0], "--mask", clip[1], "--mask-frame", 8, "--output", tmp_path / "out") == 2
+    error = error_of(capsys)
+    assert "no mask was used, as the video has only 8 frames" in error and "were used" not in error
+    results = results_of(tmp_path / "out")
+    assert not results["completed"] and f"error: {results['error']}" == error
 
 
 def test_truncated_video_keeps_its_frames(tmp_path, clip, fake, capsys):
-    path = tmp_path / "cut.mp4"
-    with H264Writer(path, fps=25) as writer:
-        for t in range(20):
-            noise = np.random.default_rng(t).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-            writer.write(noise)
+    path = Path(write_noise(tmp_path / "cut.mp4", 20))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert run(path, "--mask", clip[1], "--output", tmp_path / "out", "--overlay", tmp_path / "overlay.mp4") == 3
     results = results_of(tmp_path / "out")
@@ -390,14 +475,67 @@ def test_error_on_the_way_keeps_what_is_done(tmp_path, clip, fake, capsys):
     assert len(list(VideoReader(tmp_path / "overlay.mp4"))) == 4
 
 
+@pytest.mark.parametrize("later_mask", [False, True])
+def test_adaptation_keeps_what_comes_before_damage(tmp_path, clip, model_dir, capsys, later_mask):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for t in range(4):
+        Image.fromarray(make_frame(t)).save(folder / f"{t}.png")
+    (folder / "1.png").write_bytes(b"broken")
+    arguments = ["--mask", clip[1], "--mask-frame", 0, "--model", model_dir, "--output", tmp_path / "out"]
+    arguments += ["--mask", clip[1], "--mask-frame", 3] if later_mask else []
+    adaptation = ["--adapt-check", "--adapt-steps", 1, "--short-side", 65]
+    assert run(folder, *arguments, *adaptation, "--device", "cpu") == 2
+    assert "1.png is not an image" in error_of(capsys)
+    results = results_of(tmp_path / "out")
+    assert results["model"]["adaptation"]["steps"] == 1 and not results["completed"]
+    assert [frame["mask"] for frame in results["frames"]] == ["masks/00000.png"]
+
+
+def test_adaptation_to_nothing_names_the_damage(tmp_path, clip, model_dir, capsys):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    Image.fromarray(make_frame(0)).save(folder / "0.png")
+    (folder / "1.png").write_bytes(b"broken")
+    arguments = ["--mask", clip[1], "--mask-frame", 1, "--model", model_dir, "--output", tmp_path / "out"]
+    assert run(folder, *arguments, "--adapt", "--device", "cpu") == 2
+    assert "1.png is not an image" in error_of(capsys)
+
+
 def test_full_disk_is_an_error_not_a_hang(tmp_path, clip, fake, capsys, monkeypatch):
     def full(path, id_map, palette=None):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("hf_deformvos.video.write_palette_png", full)
     assert run(clip[0], "--mask", clip[1], "--output", tmp_path / "out") == 2
-    assert "No space left on device" in error_of(capsys)
+    error = error_of(capsys)
+    assert "00000.png cannot be written (No space left on device); free space there, or choose another" in error
     assert results_of(tmp_path / "out")["frames"] == []
+
+
+def test_overlay_that_cannot_be_finished_is_not_named(tmp_path, clip, fake, capsys):
+    video, output, overlay = write_noise(tmp_path / "noise.mp4", 8), tmp_path / "out", tmp_path / "new" / "overlay.mp4"
+    with small_disk(12_000):
+        assert run(video, "--mask", clip[1], "--output", output, "--overlay", overlay) == 2
+    kept, error = capsys.readouterr().err.splitlines()
+    assert kept.startswith("kept: ") and kept.endswith(f": {output / 'masks'}, {output / 'results.json'}")
+    assert error.startswith(f"error: {overlay} cannot be written (") and "choose another --overlay" in error
+    assert list(overlay.parent.iterdir()) == []
+    results = results_of(output)
+    assert results["overlay"] is None and not results["completed"] and f"error: {results['error']}" == error
+    assert len(results["frames"]) == len(list((output / "masks").iterdir())) > 0
+
+
+def test_masks_are_kept_where_results_json_cannot_be_written(tmp_path, clip, fake, capsys):
+    output = tmp_path / "out"
+    with small_disk(1_000):
+        assert run(clip[0], "--mask", clip[1], "--output", output) == 2
+    kept, error = capsys.readouterr().err.splitlines()
+    assert kept.startswith("kept: 8 frames, ") and kept.endswith(f": {output / 'masks'}")
+    assert error.startswith(f"error: {output / 'results.json'} cannot be written (")
+    assert "choose another --output" in error
+    assert [file.name for file in output.iterdir()] == ["masks"]
+    assert len(list((output / "masks").iterdir())) == 8
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for a child process")

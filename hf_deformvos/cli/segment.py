@@ -1,6 +1,7 @@
 """`deformvos segment`: follows the objects of one or more masks through a video, decoding and encoding as a stream."""
 
 import argparse
+import errno
 import itertools
 import json
 import os
@@ -8,6 +9,7 @@ import platform
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -116,14 +118,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs `deformvos segment`; returns the exit code."""
     from hf_deformvos.video import H264Writer, VideoReader, read_mask
 
-    resolve_speed(arguments)
+    _resolve_speed(arguments)
     mask_files = _pair_masks(arguments.mask, arguments.mask_frame)
-    first, last = min(mask_files), max(mask_files)
     with VideoReader(arguments.video, max_frames=arguments.max_frames, num_prefetch=_QUEUE_DEPTH) as reader:
         limit = reader.info.num_frames if reader.info.num_frames is not None else arguments.max_frames
-        if limit is not None and last >= limit:
+        if limit is not None and max(mask_files) >= limit:
             raise ValueError(
-                f"--mask-frame must be below the number of frames read, {limit}, got {last}; frames count from 0."
+                f"--mask-frame must be below the number of frames read, {limit}, got {max(mask_files)}; "
+                "frames count from 0."
             )
         if reader.info.kind == "camera" and adaptation_config(arguments) is not None:
             raise ValueError("--adapt takes time before anything is followed; a camera does not wait. Leave it out.")
@@ -132,6 +134,7 @@ def run(arguments: argparse.Namespace) -> int:
         overlay = Path(arguments.overlay) if arguments.overlay else None
         _keep_inputs([arguments.video, *mask_files.values()], output, overlay)
         writer = H264Writer(overlay, fps=reader.info.fps) if overlay else None
+        _check_places(output, overlay)
         old = _earlier_results(output, overlay, arguments.overwrite)
         loaded = load_model(arguments, masks)
         _prepare_output(output, overlay, old)
@@ -144,11 +147,6 @@ def run(arguments: argparse.Namespace) -> int:
     if job.interrupted:
         print(f"interrupted, kept: {job.summary()}", file=sys.stderr)
         return 130
-    if len(job.results.frames) <= last:
-        raise ValueError(
-            f"--mask-frame must be below the number of frames read, {len(job.results.frames)}, got {last}; "
-            f"masks of frames before {first if len(job.results.frames) <= first else last} were used."
-        )
     if not arguments.quiet:
         print(job.summary())
     if job.damaged:
@@ -182,6 +180,11 @@ class _Job:
         """Whether frames of the video are missing."""
         return self.reader.truncated or self.reader.num_damaged > 0
 
+    @property
+    def overlay(self) -> Path | None:
+        """The overlay, once it is whole; until then, and where writing it failed, there is none."""
+        return self.writer.path if self.writer is not None and self.writer.path.is_file() else None
+
     def run(self) -> None:
         """Segments until the end, an error or Ctrl-C; whichever it is, what was done is written out."""
         from hf_deformvos.video import BackgroundWorker
@@ -197,13 +200,38 @@ class _Job:
         except Exception as error:
             self.failure = _explain(error)
         with _interrupts_held():
-            for finish in (worker.close, *([self.writer.close] if self.writer else [])):
-                try:
-                    finish()
-                except Exception as error:
-                    self.failure = self.failure or error
+            for finish in (worker.close, self._close_overlay, self._check_masks_used):
+                self._attempt(finish)
             self.wall_seconds = time.perf_counter() - started
-            self.write_results()
+            self._attempt(self.write_results)
+
+    def _attempt(self, finish) -> None:
+        """Calls a function whose error must not keep the others from being called; the first error is the run's."""
+        try:
+            finish()
+        except Exception as error:
+            self.failure = self.failure or error
+
+    def _close_overlay(self) -> None:
+        if self.writer is not None:
+            with _writing(self.writer.path, "--overlay"):
+                self.writer.close()
+
+    def _check_masks_used(self) -> None:
+        """An error if the video turned out to end before the frame of a mask."""
+        num_frames = len(self.results.frames)
+        unused = [index for index in sorted(self.masks) if index >= num_frames]
+        if not unused or self.interrupted or self.failure is not None:
+            return
+        if len(unused) == len(self.masks):
+            outcome = f"no mask was used, as the video has only {_count(self.results.frames, 'frame')}: all of the "
+            outcome += "masks written are background"
+        else:
+            outcome = f"masks of frames before {unused[0]} were used"
+        raise ValueError(
+            f"--mask-frame must be below the number of frames read, {num_frames}, got "
+            f"{', '.join(map(str, unused))}; {outcome}."
+        )
 
     def _segment(self) -> Iterator[tuple]:
         """Yields each frame with its id map and the seconds each stage took."""
@@ -251,24 +279,35 @@ class _Job:
         return id_map, clock.seconds
 
     def _write(self, frame, id_map, seconds: dict[str, float]) -> None:
-        """In the encoding thread: mask, overlay and record of one frame."""
+        """In the encoding thread: mask, record and overlay of one frame."""
         from hf_deformvos.video import draw_overlay, mask_file_name, write_palette_png
 
-        clock = _Clock()
-        name = mask_file_name(frame.index)
-        write_palette_png(self.output / "masks" / name, id_map)
+        clock, path = _Clock(), self.output / "masks" / mask_file_name(frame.index)
+        with _writing(path, "--output"):
+            write_palette_png(path, id_map)
         clock.lap("write_mask")
+        self._record(frame, id_map, path.name)
+        self._book({"decode": frame.decode_seconds, **seconds, **clock.seconds})
         if self.writer is not None:
-            self.writer.write(draw_overlay(frame.image, id_map, self.palette), frame.timestamp)
+            clock = _Clock()
+            with _writing(self.writer.path, "--overlay"):
+                self.writer.write(draw_overlay(frame.image, id_map, self.palette), frame.timestamp)
             clock.lap("write_overlay")
+            self._book(clock.seconds)
+
+    def _record(self, frame, id_map, mask_name: str) -> None:
+        """Adds what results.json says of a frame."""
         given = self.masks.get(frame.index)
         self.results.object_ids.update(set() if given is None else set(given[given > 0].tolist()))
-        record = {"index": frame.index, "timestamp": round(frame.timestamp, 6), "mask": f"masks/{name}"}
+        record = {"index": frame.index, "timestamp": round(frame.timestamp, 6), "mask": f"masks/{mask_name}"}
         if frame.name is not None:
             record["source"] = frame.name
         record["objects"] = _areas_and_boxes(id_map, sorted(self.results.object_ids))
         self.results.frames.append(record)
-        for stage, taken in {"decode": frame.decode_seconds, **seconds, **clock.seconds}.items():
+
+    def _book(self, seconds: dict[str, float]) -> None:
+        """Adds the seconds that stages of one frame took."""
+        for stage, taken in seconds.items():
             self.results.seconds[stage].append(taken)
 
     def write_results(self) -> None:
@@ -293,7 +332,7 @@ class _Job:
             },
             "object_ids": sorted(self.results.object_ids),
             "mask_frames": sorted(self.masks),
-            "overlay": str(self.writer.path) if self.writer is not None and self.writer.num_frames else None,
+            "overlay": str(self.overlay) if self.overlay else None,
             "timings": self._timings(),
             "versions": _versions(),
             "frames": "FRAMES",
@@ -301,9 +340,13 @@ class _Job:
         # One line a frame: indented boxes would take a line for every number.
         lines = ",\n    ".join(json.dumps(frame) for frame in self.results.frames)
         text = json.dumps(document, indent=2).replace('"FRAMES"', f"[\n    {lines}\n  ]" if lines else "[]")
-        part = self.output / ".results.json.part"
-        part.write_text(text + "\n", encoding="utf-8")
-        os.replace(part, self.output / "results.json")
+        path, part = self.output / "results.json", self.output / ".results.json.part"
+        with _writing(path, "--output"):
+            try:
+                part.write_text(text + "\n", encoding="utf-8")
+                os.replace(part, path)
+            finally:
+                part.unlink(missing_ok=True)
 
     def _timings(self) -> dict:
         """Medians of each stage and the rate of the whole, which overlaps them."""
@@ -318,12 +361,13 @@ class _Job:
         """One line for people."""
         timings = self._timings()
         network = timings["median"].get("network_ms")
+        results = self.output / "results.json"
+        files = [self.output / "masks", *([results] if results.is_file() else []), self.overlay]
         return (
             f"{_count(self.results.frames, 'frame')}, {_count(self.results.object_ids, 'object')}, "
             + f"{timings['fps'] or 0:.1f} frames/s"
             + (f" (network {network:.0f} ms a frame)" if network is not None else "")
-            + f": {self.output / 'masks'}, {self.output / 'results.json'}"
-            + (f", {self.writer.path}" if self.writer is not None and self.writer.num_frames else "")
+            + f": {', '.join(str(file) for file in files if file is not None)}"
         )
 
 
@@ -376,9 +420,10 @@ def _load_adapted(arguments: argparse.Namespace, name: str, config, masks: dict)
     from ..adaptation import adapt_to_video
     from ..inference import hash_weights, load_checkpoint, prepare_for_inference, size_option
 
-    frames = _FramesAhead(_read_frames(arguments, sorted(masks), config.check_frames))
+    found = _read_frames(arguments, sorted(masks), config.check_frames)
+    frames = _FramesAhead(found)
     base, processor = load_checkpoint(name, arguments.device), AutoProcessor.from_pretrained(name)
-    given = {index - frames.first: mask for index, mask in masks.items()}
+    given = {index - frames.first: mask for index, mask in masks.items() if index in found}
     size = size_option(processor, arguments.short_side)
     started = time.perf_counter()
     with tqdm(total=config.steps, desc="adapting", unit="step", disable=arguments.quiet) as bar:
@@ -410,19 +455,28 @@ class _FramesAhead(Sequence):
 
 
 def _read_frames(arguments: argparse.Namespace, indices: list[int], ahead: int) -> dict:
-    """Frames of a video by their numbers, `ahead` of them from the first on, without keeping the others."""
-    from hf_deformvos.video import VideoReader
+    """
+    Frames of a video by their numbers, `ahead` of them from the first on, without keeping the others. Of a damaged
+    video those before the damage, so that following it keeps what it can.
+    """
+    from hf_deformvos.video import VideoError, VideoReader
 
-    found = {}
+    found, damage = {}, None
     wanted = {*indices, *range(indices[0], min(indices[0] + ahead, arguments.max_frames or sys.maxsize))}
     with VideoReader(arguments.video, max_frames=max(wanted) + 1) as reader:
-        with closing(iter(reader)) as frames:
-            for frame in frames:
-                if frame.index in wanted:
-                    found[frame.index] = frame.image
+        try:
+            with closing(iter(reader)) as frames:
+                for frame in frames:
+                    if frame.index in wanted:
+                        found[frame.index] = frame.image
+        except VideoError as error:
+            damage = error
     missing = [index for index in indices if index not in found]
-    if missing:
-        raise ValueError(f"the video ends before frame {missing[0]}, which a mask is given for; frames count from 0.")
+    is_damaged = damage is not None or reader.truncated or reader.num_damaged > 0
+    if missing and (missing[0] == indices[0] or not is_damaged):
+        raise damage or ValueError(
+            f"the video ends before frame {missing[0]}, which a mask is given for; frames count from 0."
+        )
     return found
 
 
@@ -432,6 +486,18 @@ def default_model() -> str:
         if (root / _BUNDLED_MODEL / "config.json").is_file():
             return str(root / _BUNDLED_MODEL)
     return DEFAULT_HUB_MODEL
+
+
+def _resolve_speed(arguments: argparse.Namespace) -> None:
+    """[`resolve_speed`], with an error in the user's words if an exported model does not take that precision."""
+    from ..inference import is_exported
+
+    dtype = arguments.dtype
+    resolve_speed(arguments)
+    name = arguments.model or default_model()
+    if arguments.dtype != "float32" and is_exported(name):
+        asked = f"--dtype {dtype}" if dtype else f"--preset {arguments.preset}, which is {arguments.dtype} here"
+        raise ValueError(f"The exported model {name} takes float32, got {asked}; pass --dtype float32.")
 
 
 def _pair_masks(masks: list[str], frames: list[int] | None) -> dict[int, str]:
@@ -465,24 +531,58 @@ def _keep_inputs(inputs: list[str], output: Path, overlay: Path | None):
             raise ValueError(f"{name} lies where masks are written, in {output}/masks; choose another --output.")
 
 
+def _check_places(output: Path, overlay: Path | None) -> None:
+    """An error if results cannot be written where they are to go; nothing is made or removed."""
+    for folder in (output, output / "masks"):
+        _check_folder(folder, f"--output must be a folder that can be written to, got {output}")
+    if overlay is None:
+        return
+    if overlay.is_dir():
+        raise ValueError(f"--overlay must be a file, got {overlay}, which is a folder; choose another name.")
+    _check_folder(overlay.parent, f"--overlay must lie in a folder that can be written to, got {overlay}")
+
+
+def _check_folder(folder: Path, rule: str) -> None:
+    """An error that states the rule if a folder cannot be written to, or not be made where there is none."""
+    place = next((place for place in (folder, *folder.parents) if os.path.exists(place)), Path())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise ValueError(f"{rule} ({place}: {error.strerror}); choose another.") from error
+
+
+@contextmanager
+def _writing(path: Path, option: str) -> Iterator[None]:
+    """Errors of writing say what could not be written, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        cure = "free space there, or choose" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose"
+        reason = error.strerror or error
+        raise OSError(f"{path} cannot be written ({reason}); {cure} another {option}.") from error
+
+
 def _earlier_results(output: Path, overlay: Path | None, overwrite: bool) -> list[Path]:
     """Files of an earlier run that this one replaces; an error if it must not."""
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output must be a folder, got {output}, which is a file.")
     old = [file for file in (output / "masks").glob("*.png") if re.fullmatch(r"\d{5,}\.png", file.name)]
     old += [file for file in (output / "results.json", overlay) if file is not None and file.exists()]
+    for file in old:
+        if file.is_dir():
+            raise ValueError(f"{file} is a folder, where a file is to be written; choose another --output.")
     if old and not overwrite:
         raise ValueError(f"{old[0]} exists from an earlier run; choose another --output, or pass --overwrite.")
     return old
 
 
 def _prepare_output(output: Path, overlay: Path | None, old: list[Path]) -> None:
-    """Removes earlier results (a shorter run must not end in their masks) and makes the folders."""
+    """Makes the folders, and then removes earlier results: a shorter run must not end in their masks."""
+    folders = [("--output", output / "masks"), *([("--overlay", overlay.parent)] if overlay else [])]
+    for option, folder in folders:
+        with _writing(folder, option):
+            folder.mkdir(parents=True, exist_ok=True)
     for file in old:
         file.unlink()
-    (output / "masks").mkdir(parents=True, exist_ok=True)
-    if overlay is not None:
-        overlay.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _with_given(id_map, given):

@@ -152,15 +152,21 @@ class H264Writer:
         self.num_frames += 1
 
     def close(self) -> None:
-        """Flushes the encoder, moves the index to the front and gives the file its name. Without a frame: no file."""
+        """
+        Flushes the encoder, moves the index to the front and gives the file its name. Without a frame, and where that
+        fails: no file.
+        """
         if self._container is None:
             return
         container, self._container = self._container, None
         try:
-            container.mux(self._stream.encode(None))
+            try:
+                container.mux(self._stream.encode(None))
+            finally:
+                container.close()
+            os.replace(self._part, self.path)
         finally:
-            container.close()
-        os.replace(self._part, self.path)
+            self._part.unlink(missing_ok=True)
 
     def __enter__(self) -> "H264Writer":
         return self

@@ -1,6 +1,8 @@
 """Frames to what the network takes, without torchvision: sides of the form 16k+1, ImageNet's mean and deviation."""
 
 import math
+from collections.abc import Iterator
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -12,6 +14,10 @@ from transformers.processing_utils import ImagesKwargs
 
 
 STRIDE = 16
+FRAME = (
+    "a PIL image, or an array or tensor of numbers, (height, width), (height, width, channels) or (channels, height, "
+    "width), with 1, 3 or 4 channels and at least one pixel"
+)
 
 
 class DeformVosImageProcessorKwargs(ImagesKwargs, total=False):
@@ -39,6 +45,11 @@ class DeformVosImageProcessor(PilBackend):
     """
     Prepares video frames for [`DeformVosModel`].
 
+    A frame is a PIL image of any mode, or an array or tensor `(height, width)`, `(height, width, channels)` or
+    `(channels, height, width)` of 1, 3 or 4 channels, alpha being dropped: whole numbers in 0..255, or floating-point
+    numbers in 0..255 or 0..1. Sixteen-bit PIL images are brought to eight bits: those of mode `I;16` always, those of
+    mode `I` where a value exceeds 255.
+
     Args:
         size (`dict`, defaults to `{"shortest_edge": 480, "longest_edge": 1536}`):
             Upper bounds of the short and of the long side, in pixels; see [`network_size`].
@@ -62,9 +73,24 @@ class DeformVosImageProcessor(PilBackend):
     do_convert_rgb = True
     max_enlargement = 1.0
 
+    def _standardize_kwargs(self, **kwargs) -> dict:
+        """As in transformers; sides that are no lengths are refused."""
+        kwargs = super()._standardize_kwargs(**kwargs)
+        for name, side in dict(kwargs["size"] or {}).items():
+            if not isinstance(side, Integral) or side < 1:
+                raise ValueError(f'`size["{name}"]` must be a positive integer, a bound in pixels; got {side!r}.')
+        return kwargs
+
+    def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list[Image.Image | np.ndarray]:
+        """Frames, batches and lists of them as one list; what a string names is fetched."""
+        frames = [self.fetch_images(frame) if isinstance(frame, str) else frame for frame in _each_frame(images)]
+        if not frames:
+            raise ValueError(f"`images` holds no frame, got an empty {type(images).__name__}. A frame is {FRAME}.")
+        return [_checked(frame, index) for index, frame in enumerate(frames)]
+
     def convert_to_rgb(self, image, input_data_format=None) -> np.ndarray:
-        """Pictures of any mode to RGB; arrays stay, their channels are seen to later."""
-        return np.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else image
+        """Pictures of any mode to RGB or grey; arrays stay, their channels are seen to later."""
+        return _picture_to_array(image) if isinstance(image, Image.Image) else image
 
     def _preprocess(
         self,
@@ -81,7 +107,7 @@ class DeformVosImageProcessor(PilBackend):
         max_enlargement: float = 1.0,
         **kwargs,
     ) -> BatchFeature:
-        if do_resize and not size.shortest_edge:
+        if do_resize and size.shortest_edge is None:
             raise ValueError(f'`size` needs "shortest_edge", the bound of the short side in pixels; got {size}.')
         if not 1 <= max_enlargement < math.inf:
             raise ValueError(f"`max_enlargement` must be a finite number of at least 1, got {max_enlargement}.")
@@ -106,16 +132,66 @@ class DeformVosImageProcessor(PilBackend):
         return BatchFeature(data=data, tensor_type=return_tensors, skip_tensor_conversion=["original_sizes"])
 
 
+def _each_frame(images) -> Iterator:
+    """The frames of lists, iterators and four-dimensional batches, one after the other."""
+    if isinstance(images, (list, tuple, Iterator)):
+        for image in images:
+            yield from _each_frame(image)
+    elif getattr(images, "ndim", None) == 4:
+        yield from images
+    else:
+        yield images
+
+
+def _checked(image, index: int) -> Image.Image | np.ndarray:
+    """A picture as it is, anything else as an array of numbers; `ValueError` for what is no frame."""
+    if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise ValueError(f"Frame {index} must be {FRAME}; got a picture of {image.width}x{image.height}.")
+        return image
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        # NumPy has no such type.
+        image = image.float() if image.dtype == torch.bfloat16 else image
+    if not hasattr(image, "__array__"):
+        raise ValueError(f"Frame {index} must be {FRAME}; got {type(image).__name__}.")
+    array = np.asarray(image)
+    if array.dtype == bool:
+        raise ValueError(
+            f"Frame {index} must hold colours or greys, got bool of shape {array.shape}. For black and white give "
+            "`frame * 255`; masks go to `add_inputs_to_inference_session`."
+        )
+    has_channels = array.ndim == 3 and not {array.shape[0], array.shape[-1]}.isdisjoint((1, 3, 4))
+    if array.dtype.kind not in "iuf" or array.size == 0 or not (array.ndim == 2 or has_channels):
+        raise ValueError(f"Frame {index} must be {FRAME}; got {array.dtype} of shape {array.shape}.")
+    return array
+
+
+def _picture_to_array(picture: Image.Image) -> np.ndarray:
+    """A picture to `(height, width, 3)` uint8, or to `(height, width)` where it has more than eight bits of grey."""
+    if picture.mode == "F":
+        return np.asarray(picture)
+    if not picture.mode.startswith("I"):
+        return np.asarray(picture.convert("RGB"))
+    # Pillow would clip these instead of scaling them.
+    grey = np.asarray(picture)
+    if picture.mode == "I" and not (grey.min() >= 0 and 255 < grey.max() <= 65535):
+        return grey
+    return (grey >> 8).astype(np.uint8)
+
+
 def _to_uint8_rgb(image: np.ndarray, index: int) -> np.ndarray:
     """
     `(channels, height, width)` of any usual kind to `(height, width, 3)` uint8; alpha is dropped.
 
     Raises:
-        ValueError: for NaN, other channel counts, empty frames, or integers beyond 0..255.
+        ValueError: for NaN, other channel counts, or values that are no colours.
     """
-    channels, height, width = image.shape
-    if channels not in (1, 3, 4) or height == 0 or width == 0:
-        raise ValueError(f"Frame {index} must have 1, 3 or 4 channels and at least one pixel, got {image.shape}.")
+    if image.shape[0] not in (1, 3, 4):
+        raise ValueError(
+            f"Frame {index} must have 1, 3 or 4 channels, got {image.shape[0]} in {image.shape}; leave "
+            "`input_data_format` and `do_convert_rgb` out."
+        )
     if image.dtype.kind == "f":
         if not np.isfinite(image).all():
             raise ValueError(f"Frame {index} holds NaN or infinite values.")
@@ -124,12 +200,12 @@ def _to_uint8_rgb(image: np.ndarray, index: int) -> np.ndarray:
     if image.dtype != np.uint8:
         if image.min() < 0 or image.max() > 255:
             raise ValueError(
-                f"Frame {index} has values from {image.min()} to {image.max()}; they must lie in 0..255, or in 0..1 "
-                "for floating-point frames."
+                f"Frame {index} has values from {image.min()} to {image.max()}; they must lie in 0..255, in 0..1 for "
+                "floating-point frames, or in 0..65535 for PIL images of 16 bits."
             )
         image = image.astype(np.uint8)
     frame = np.moveaxis(image[:3], 0, -1)
-    return np.ascontiguousarray(np.broadcast_to(frame, (height, width, 3)))
+    return np.ascontiguousarray(np.broadcast_to(frame, (*frame.shape[:2], 3)))
 
 
 __all__ = ["DeformVosImageProcessor", "network_size"]

@@ -1,5 +1,6 @@
 """State of one video being segmented: frames come in, masks go out, and nothing grows with the length of the video."""
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 
@@ -168,10 +169,10 @@ class DeformVosInferenceSession:
         long_term_slots: int | None = None,
     ):
         for name, value in (("memory_interval", memory_interval), ("long_term_slots", long_term_slots)):
-            if value is not None and value < 1:
+            if value is not None and as_index(value, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         self.source = None if video is None else FrameSource(video, prepare)
-        self.inference_device = inference_device
+        self.inference_device = None if inference_device is None else _as_device(inference_device)
         self.dtype = _as_dtype(dtype)
         self.memory_interval = memory_interval
         self.long_term_slots = long_term_slots
@@ -250,8 +251,8 @@ class DeformVosInferenceSession:
         if self.source is None:
             if self._last_frame_idx is not None and frame_idx < self._last_frame_idx:
                 raise ValueError(
-                    f"Frame {frame_idx} has passed: frame {self._last_frame_idx} was handed over last. Give masks for "
-                    "that one or a later one, before it is handed over (again)."
+                    f"Frame {frame_idx} has passed: frame {self._last_frame_idx} was handed over last. Masks are "
+                    "given for that frame or a later one, and then it is handed over (again)."
                 )
             return
         if self.num_frames is not None and frame_idx >= self.num_frames:
@@ -304,8 +305,8 @@ class DeformVosInferenceSession:
             ValueError: if no object is known at this frame, the frame's size differs from the frames' before it, it
                 holds NaN or infinite values, or a stream is asked to go back.
         """
-        if frame_idx is None:
-            frame_idx = self._next_frame_idx()
+        frame_idx = self._next_frame_idx() if frame_idx is None else as_index(frame_idx, "frame_idx")
+        self._check_order(frame_idx)
         pixel_values = self._pixel_values(model, frame, frame_idx)
         frame_size = tuple(pixel_values.shape[-2:])
         given = _at_size(self._inputs.get(frame_idx, {}), frame_size)
@@ -327,6 +328,16 @@ class DeformVosInferenceSession:
         if self.source is None or not self.source.is_seekable:
             self._inputs.pop(frame_idx, None)
         return self._output(segmentation, given, frame_idx, output_attentions, output_hidden_states)
+
+    def _check_order(self, frame_idx: int):
+        """Refuses to go past a frame whose masks wait for it to be handed over."""
+        if frame_idx < 0:
+            raise ValueError(f"`frame_idx` must not be negative, got {frame_idx}.")
+        if self.source is None and self._inputs and min(self._inputs) < frame_idx:
+            raise ValueError(
+                f"The masks of frame {min(self._inputs)} would be lost: hand that frame over before frame {frame_idx} "
+                f"(`frame_idx={min(self._inputs)}`)."
+            )
 
     def _check_joining(self, given: dict[int, torch.Tensor], frame_idx: int):
         """Refuses a new object of which nothing is left; `given` are the masks at network size."""
@@ -357,9 +368,12 @@ class DeformVosInferenceSession:
                 f"`frame` must be a tensor (3, height, width), got {type(frame).__name__}: pass "
                 "`processor(images=frame).pixel_values[0]`."
             )
-        pixel_values = frame if frame.dim() == 4 else frame.unsqueeze(0)
-        if pixel_values.shape[0] != 1:
-            raise ValueError(f"`frame` must be one frame (3, height, width), got {tuple(frame.shape)}.")
+        pixel_values = frame.unsqueeze(0) if frame.dim() == 3 else frame
+        if pixel_values.dim() != 4 or pixel_values.shape[:2] != (1, 3) or not pixel_values.numel():
+            raise ValueError(
+                f"`frame` must be one frame (3, height, width), got {tuple(frame.shape)}: pass "
+                "`processor(images=frame).pixel_values[0]`."
+            )
         size = tuple(pixel_values.shape[-2:])
         if self._frame_size not in (None, size):
             raise ValueError(
@@ -369,7 +383,7 @@ class DeformVosInferenceSession:
         # One pass and no temporary: a sum is finite only if every pixel is.
         if not pixel_values.sum(dtype=torch.float32).isfinite():
             raise ValueError(f"Frame {frame_idx} holds NaN or infinite values.")
-        device = torch.device(self.inference_device or model.device)
+        device = self.inference_device or model.device
         if device.type != model.device.type:
             raise ValueError(f"The session computes on {device}, the model lies on {model.device}: move one of them.")
         return pixel_values.to(device, model.dtype, memory_format=torch.channels_last)
@@ -514,9 +528,19 @@ class DeformVosInferenceSession:
                 try:
                     self.source.read(frame_idx)
                 except FrameSource.End:
+                    self._check_unreached(frame_idx)
                     return
                 yield frame_idx
             frame_idx, visited = frame_idx + direction, visited + 1
+
+    def _check_unreached(self, end: int):
+        """Masks that a stream ended before were in vain: an error where nothing else was followed."""
+        last = max(self._inputs, default=-1)
+        if last >= end:
+            message = f"The video ended before frame {last}, which a mask was given for; frames count from 0."
+            if self._memory is None or self._memory.is_empty:
+                raise ValueError(message)
+            logger.warning(message)
 
     def count_frames(
         self, start_frame_idx: int | None, max_frame_num_to_track: int | None, reverse: bool
@@ -630,6 +654,19 @@ def _add_groups(masks: torch.Tensor, num_groups: int) -> torch.Tensor:
     return torch.cat([masks, empty.expand(num_groups - len(masks), -1, -1, -1)])
 
 
+def as_index(value, name: str) -> int:
+    """
+    A whole number of any type.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise ValueError(f"`{name}` must be a whole number, got {value!r}.") from error
+
+
 def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """A floating-point dtype by name or as it is."""
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -640,6 +677,19 @@ def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return named
 
 
+def _as_device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"`inference_device` must be a device such as cpu or cuda:0, got {device!r}.") from error
+
+
+def as_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor as an array; NumPy has no bfloat16."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
 def as_bool_mask(mask, name: str) -> torch.Tensor:
     """
     One object's mask as `(height, width)` bool.
@@ -647,7 +697,7 @@ def as_bool_mask(mask, name: str) -> torch.Tensor:
     Raises:
         ValueError: if it is not two-dimensional, or holds NaN.
     """
-    array = mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask)
+    array = as_numpy(mask) if isinstance(mask, torch.Tensor) else np.asarray(mask)
     while array.ndim > 2 and array.shape[0] == 1:
         array = array[0]
     if array.ndim != 2:

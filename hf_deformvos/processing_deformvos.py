@@ -12,7 +12,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.image_utils import ImageInput
 from transformers.utils import logging
 
-from .inference_session_deformvos import DeformVosInferenceSession, as_bool_mask
+from .inference_session_deformvos import DeformVosInferenceSession, as_bool_mask, as_index, as_numpy
 from .modeling_deformvos import DeformVosVideoOutput
 
 
@@ -107,10 +107,16 @@ class DeformVosProcessor(ProcessorMixin):
                 f"`video` as an array must be (num_frames, height, width, 3), got {tuple(video.shape)}; a single "
                 "frame is `frame[None]`."
             )
+        readable = hasattr(video, "__iter__") or hasattr(video, "__getitem__")
+        if video is not None and (not readable or isinstance(video, dict)):
+            raise ValueError(f"`video` must be frames, as a list or an iterator has them, got {type(video).__name__}.")
         if video is not None and hasattr(video, "__len__") and len(video) == 0:
             raise ValueError("`video` holds no frame.")
+        if short_side is not None and as_index(short_side, "short_side") < 1:
+            raise ValueError(f"`short_side` must be at least 1, got {short_side}.")
 
         def prepare(frame):
+            frame = getattr(frame, "image", frame)  # of a decoder, as `hf_deformvos.video.VideoReader` is one
             options = {}
             if short_side is not None:
                 size = dict(self.image_processor.size)
@@ -151,8 +157,8 @@ class DeformVosProcessor(ProcessorMixin):
         """
         masks = masks_by_id(input_masks, obj_ids)
         if original_size is not None:
-            warn_of_other_size(masks, tuple(int(side) for side in original_size))
-        inference_session.add_masks(int(frame_idx), masks)
+            warn_of_other_size(masks, as_size(original_size))
+        inference_session.add_masks(as_index(frame_idx, "frame_idx"), masks)
 
     def post_process_masks(
         self,
@@ -197,9 +203,14 @@ class DeformVosProcessor(ProcessorMixin):
         return ids[winners(_upsample(output.pred_masks, original_size)).cpu().numpy()]
 
 
+def as_size(original_size: Sequence) -> tuple[int, int]:
+    """One frame's (height, width); the processor's list of one such pair is as good."""
+    height, width = original_size[0] if len(original_size) == 1 else original_size
+    return as_index(height, "original_size"), as_index(width, "original_size")
+
+
 def _upsample(logits: torch.Tensor, original_size: tuple[int, int]) -> torch.Tensor:
-    height, width = (int(side) for side in original_size)
-    return F.interpolate(logits.float(), size=(height, width), mode="bilinear", align_corners=False)
+    return F.interpolate(logits.float(), size=as_size(original_size), mode="bilinear", align_corners=False)
 
 
 def winners(logits: torch.Tensor) -> torch.Tensor:
@@ -214,14 +225,12 @@ def masks_by_id(input_masks, obj_ids) -> dict[int, torch.Tensor]:
     """Any accepted form of masks to bool `(height, width)` by object id; overlaps go to the later object."""
     if input_masks is None:
         raise ValueError("`input_masks` is needed: an id map, or one boolean mask an object.")
-    obj_ids = [obj_ids] if isinstance(obj_ids, (int, np.integer)) else obj_ids
     if obj_ids is not None:
-        obj_ids = [int(obj_id) for obj_id in obj_ids]
+        is_one = not isinstance(obj_ids, Iterable) or getattr(obj_ids, "ndim", 1) == 0
+        obj_ids = [as_index(obj_id, "obj_ids") for obj_id in ([obj_ids] if is_one else obj_ids)]
         if len(set(obj_ids)) != len(obj_ids):
             raise ValueError(f"`obj_ids` must differ from each other, got {obj_ids}.")
-        beyond = [obj_id for obj_id in obj_ids if not -(2**31) <= obj_id < 2**31]
-        if beyond:
-            raise ValueError(f"Object ids are 32-bit integers, got {beyond}.")
+        _check_range(obj_ids)
         if 0 in obj_ids:
             raise ValueError(f"0 is the background and no object id; got `obj_ids` {obj_ids}.")
     array = _as_array(input_masks)
@@ -238,8 +247,19 @@ def masks_by_id(input_masks, obj_ids) -> dict[int, torch.Tensor]:
     return masks
 
 
+def _check_range(obj_ids: list[int]):
+    beyond = [obj_id for obj_id in obj_ids if not -(2**31) <= obj_id < 2**31]
+    if beyond:
+        raise ValueError(f"Object ids are 32-bit integers, got {beyond}.")
+
+
 def _as_array(input_masks):
     """Arrays, tensors and images as one array; a list of masks stays a list, since sizes may differ."""
+    if isinstance(input_masks, (str, bytes, os.PathLike, dict)):
+        raise ValueError(
+            f"`input_masks` must be an id map, or one boolean mask an object, got {input_masks!r:.60}. Open a file "
+            "with `PIL.Image.open`."
+        )
     if isinstance(input_masks, Image.Image):
         if input_masks.mode not in ("P", "L", "1", "I", "I;16"):
             raise ValueError(
@@ -248,7 +268,7 @@ def _as_array(input_masks):
             )
         return np.asarray(input_masks)
     if isinstance(input_masks, torch.Tensor):
-        return input_masks.detach().cpu().numpy()
+        return as_numpy(input_masks)
     if isinstance(input_masks, (list, tuple)) and len(input_masks) and np.ndim(input_masks[0]) >= 2:
         return list(input_masks)
     return np.asarray(input_masks)
@@ -260,6 +280,7 @@ def _split_id_map(id_map: np.ndarray, obj_ids: list[int] | None) -> dict[int, to
             raise ValueError("An id map must hold whole numbers; this one has fractions, NaN or infinite values.")
         id_map = id_map.astype(np.int64)
     present = [int(obj_id) for obj_id in np.unique(id_map) if obj_id != 0]
+    _check_range(present)
     if obj_ids is None and not present:
         raise ValueError("The mask is empty: every pixel is 0, the background. Mark at least one object.")
     missing = [obj_id for obj_id in obj_ids or () if obj_id not in present]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from conftest import ROOT, STUDENT, TINY_CONFIG
 from PIL import Image
 from synthetic import write_davis
+from test_image_processing import GREYS, NO_FRAMES
 from test_session import MISTAKES
 
 from hf_deformvos import DeformVosConfig, DeformVosImageProcessor, DeformVosModel, DeformVosProcessor
@@ -307,7 +308,7 @@ def edges(model, processor, frames, ids):
         return model(inference_session=session, frame=processor(images=frames[index]).pixel_values[0]).object_ids
 
     def refused(act, *arguments):
-        with pytest.raises(ValueError, match=r"Nothing is left|has passed|would be lost") as caught:
+        with pytest.raises(ValueError, match=r"Nothing is left|has passed|would be lost|ended before") as caught:
             act(*arguments)
         return str(caught.value)
 
@@ -328,6 +329,13 @@ def edges(model, processor, frames, ids):
             yield output.frame_idx, output.object_ids
             if output.frame_idx in (1, 4):
                 session.remove_object(1 if output.frame_idx == 1 else 2)
+    session = processor.init_video_session()
+    processor.add_inputs_to_inference_session(session, 2, obj_ids=[1], input_masks=[ids[2] == 1])
+    pixel_values = processor(images=frames[3]).pixel_values[0]
+    yield refused(lambda: model(inference_session=session, frame=pixel_values, frame_idx=3))
+    short = processor.init_video_session(video=iter(frames[:2]))
+    processor.add_inputs_to_inference_session(short, 3, obj_ids=np.array(1), input_masks=[ids[3] == 1])
+    yield refused(lambda: list(model.propagate_in_video_iterator(short)))
     camera = processor.init_video_session(video=iter(frames))
     processor.add_inputs_to_inference_session(camera, 0, obj_ids=[1], input_masks=[ids[0] == 1])
     yield refused(lambda: list(model.propagate_in_video_iterator(camera, start_frame_idx=3)))
@@ -425,6 +433,8 @@ def test_frames_are_prepared_as_the_processor_does():
     alpha = np.concatenate([frame, frame[..., :1]], axis=-1)
     kinds = [frame, Image.fromarray(frame), Image.fromarray(frame[..., 0]), frame[:30], np.moveaxis(frame, -1, 0)]
     kinds += [(frame / 255).astype(np.float32), frame.astype(np.int64), alpha, Image.fromarray(alpha), frame[:, :9]]
+    kinds += [make(frame[..., 0]) for make in GREYS.values()]
+    kinds += [torch.from_numpy(frame).bfloat16().requires_grad_(), [[frame], frame[None]], [frame[..., 0], frame]]
     for kind in kinds:
         inputs, expected = processor(kind), reference(kind, return_tensors="pt")
         np.testing.assert_allclose(inputs.pixel_values, expected.pixel_values.numpy(), atol=2e-6)
@@ -433,6 +443,34 @@ def test_frames_are_prepared_as_the_processor_does():
     assert processor([frame, frame]).pixel_values.shape == (2, 3, 33, 49)
     assert isinstance(processor([frame, frame[:30]]).pixel_values, list)
     assert processor(frame, size={"shortest_edge": 17}).pixel_values.shape[-2:] == (17, 17)
+    assert processor(iter([frame, frame])).pixel_values.shape == (2, 3, 33, 49)
+
+
+@pytest.mark.parametrize("kind", NO_FRAMES)
+def test_frames_are_prepared_or_refused_as_the_processor_does(kind):
+    reference = DeformVosImageProcessor()
+    processor = OnnxDeformVosProcessor({"shortest_edge": 480}, 2, 1 / 255, [0.5] * 3, [0.5] * 3)
+    make, message = NO_FRAMES[kind]
+    frame = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    with pytest.raises(ValueError, match=message) as expected:
+        reference(make(frame))
+    with pytest.raises(ValueError, match=message) as caught:
+        processor(make(frame))
+    assert str(caught.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("where", ["init", "call"])
+@pytest.mark.parametrize(("name", "side"), [("shortest_edge", -5), ("shortest_edge", 0), ("longest_edge", 0.5)])
+def test_frames_are_prepared_for_sizes_that_are_lengths(where, name, side):
+    def prepare(size, override=None):
+        processor = OnnxDeformVosProcessor(size, 2, 1 / 255, [0.5] * 3, [0.5] * 3)
+        return processor(np.zeros((50, 70, 3), dtype=np.uint8), size=override)
+
+    size = {"shortest_edge": 40, "longest_edge": None}
+    assert prepare(size).pixel_values.shape == prepare(size, size).pixel_values.shape == (1, 3, 33, 49)
+    broken = {**size, name: side}
+    with pytest.raises(ValueError, match=rf'`size\["{name}"\]` must be a positive integer, .* got {side}'):
+        prepare(broken) if where == "init" else prepare(size, broken)
 
 
 @pytest.mark.parametrize(
@@ -465,8 +503,11 @@ def test_masks_never_overlap(onnx_model, tiny_clip):
     assert logits.shape == masks.shape and logits.dtype == np.float32
 
 
-# Of another API: a dtype is PyTorch's, and how to decode a file is said in other words.
-@pytest.mark.parametrize("mistake", sorted(set(MISTAKES) - {"no such dtype", "path as video"}))
+# Of another API: dtypes and devices are PyTorch's, and how to decode a file is said in other words.
+OF_PYTORCH = {"no such dtype", "no such device", "path as video"}
+
+
+@pytest.mark.parametrize("mistake", sorted(set(MISTAKES) - OF_PYTORCH))
 def test_mistakes_are_named_as_in_pytorch(mistake, tiny_clip):
     act, message = MISTAKES[mistake]
     processor = OnnxDeformVosProcessor({"shortest_edge": 96}, 2, 1 / 255, [0.5] * 3, [0.5] * 3)
@@ -482,6 +523,10 @@ def test_mistakes_are_named_as_in_pytorch(mistake, tiny_clip):
         (lambda m, s, f: m(s, frame=np.where(f > 1, np.nan, f), frame_idx=2), "NaN"),
         (lambda m, s, f: m(s, frame=f[:, :81]), "97x161"),
         (lambda m, s, f: m(s, frame=np.stack([f, f])), "one frame"),
+        (lambda m, s, f: m(s, frame=f[0]), "one frame"),
+        (lambda m, s, f: m(s, frame=f[:, :0]), "one frame"),
+        (lambda m, s, f: m(s, frame=f, frame_idx=-1), "must not be negative, got -1"),
+        (lambda m, s, f: m(s, frame=f, frame_idx=1.5), "whole number, got 1.5"),
         (lambda m, s, f: next(m.propagate_in_video_iterator(s)), "no video"),
         (lambda m, s, f: m(m.processor.init_video_session(), f), "No object is known"),
     ],

@@ -9,6 +9,7 @@ from transformers.image_utils import SizeDict
 
 from hf_deformvos import DeformVosImageProcessor
 from hf_deformvos.image_processing_deformvos import network_size
+from hf_deformvos.video import read_image
 
 
 MEAN, DEVIATION = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -85,12 +86,56 @@ def test_every_kind_of_frame_is_the_same_frame(kind, frame):
     torch.testing.assert_close(processor(same).pixel_values[0], processor(frame).pixel_values[0])
 
 
-def test_grey_frames_become_rgb(frame):
+GREYS = {
+    "one channel": lambda grey: grey[..., None],
+    "height, width": lambda grey: grey,
+    "three rows": lambda grey: grey[:3],
+    "tensor": torch.from_numpy,
+    "unit": lambda grey: grey / 255.0,
+    "L": Image.fromarray,
+    "I;16": lambda grey: Image.fromarray(grey.astype("<u2") * 257),
+    "I;16B": lambda grey: Image.fromarray((grey.astype(np.uint16) * 257).astype(">u2")),
+    "I of 16 bits": lambda grey: Image.fromarray(grey.astype(np.int32) * 257),
+    "I of 8 bits": lambda grey: Image.fromarray(grey.astype(np.int32)),
+    "F in 0..1": lambda grey: Image.fromarray(grey.astype(np.float32) / 255),
+    "F in 0..255": lambda grey: Image.fromarray(grey.astype(np.float32)),
+}
+
+
+@pytest.mark.parametrize("kind", GREYS)
+def test_grey_frames_become_rgb(kind, frame):
     processor = DeformVosImageProcessor()
-    grey = frame[..., 0]
-    expected = processor(np.repeat(grey[..., None], 3, axis=-1)).pixel_values[0]
-    for same in (grey[..., None], Image.fromarray(grey)):
-        torch.testing.assert_close(processor(same).pixel_values[0], expected)
+    grey = frame[:3, :, 0] if kind == "three rows" else frame[..., 0]
+    expected = processor(Image.fromarray(grey).convert("RGB")).pixel_values[0]
+    inputs = processor([GREYS[kind](frame[..., 0]), frame])
+    assert len(inputs.pixel_values) == 2 and inputs.original_sizes[0] == grey.shape
+    torch.testing.assert_close(inputs.pixel_values[0], expected)
+
+
+def test_deep_pictures_are_what_the_video_reader_makes_of_their_files(tmp_path):
+    deep = np.random.default_rng(0).integers(0, 65536, (50, 70), dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    processor = DeformVosImageProcessor()
+    with Image.open(tmp_path / "deep.png") as picture:
+        same = processor(picture).pixel_values
+    torch.testing.assert_close(same, processor(read_image(tmp_path / "deep.png")).pixel_values)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_floating_point_tensors_of_any_kind_are_taken(dtype, requires_grad, frame):
+    processor = DeformVosImageProcessor()
+    tensor = torch.from_numpy(frame).to(dtype).requires_grad_(requires_grad)
+    pixels = processor(tensor).pixel_values
+    torch.testing.assert_close(pixels, processor(frame).pixel_values)
+    assert not pixels.requires_grad
+
+
+@pytest.mark.parametrize(
+    "nest", [lambda f: iter([f, f]), lambda f: [[f], [f]], lambda f: [f[None], f], lambda f: (f, f)]
+)
+def test_frames_may_be_nested(nest, frame):
+    assert DeformVosImageProcessor()(nest(frame)).pixel_values.shape == (2, 3, 49, 65)
 
 
 def test_frames_of_one_size_are_stacked_and_others_listed(frame):
@@ -116,11 +161,68 @@ def test_settings_survive_saving(tmp_path, frame):
         (lambda f: np.where(f > 250, np.nan, f), "NaN"),
         (lambda f: f.astype(np.int64) - 5, r"0\.\.255"),
         (lambda f: f.astype(np.uint16) * 257, r"0\.\.255"),
+        (lambda f: Image.fromarray(f[..., 0].astype(np.int32) - 1), r"from -1 to 254; they must lie in 0\.\.255"),
+        (lambda f: Image.fromarray(f[..., 0].astype(np.int32) * 300), r"from 0 to 76500; they must .* 0\.\.65535"),
+        (lambda f: Image.fromarray(f[..., 0].astype(np.float32) * 9), r"from 0\.0 to 2295\.0; they must"),
     ],
 )
 def test_bad_frames_are_refused(broken, message, frame):
     with pytest.raises(ValueError, match=message):
         DeformVosImageProcessor()(broken(frame))
+
+
+NO_FRAMES = {
+    "None": (lambda f: None, "Frame 0 .* got NoneType"),
+    "None in a list": (lambda f: [f, None], "Frame 1 .* got NoneType"),
+    "dict": (lambda f: {"frame": f}, "Frame 0 .* got dict"),
+    "lists of numbers": (lambda f: f.tolist(), "Frame 0 .* got int"),
+    "five dimensions": (lambda f: f[None, None], r"Frame 0 .* got uint8 of shape \(1, 1, 50, 70, 3\)"),
+    "one dimension": (lambda f: f[0, 0], r"Frame 0 .* got uint8 of shape \(3,\)"),
+    "two channels": (lambda f: f[..., :2], r"Frame 0 .* got uint8 of shape \(50, 70, 2\)"),
+    "complex": (lambda f: f.astype(complex), r"Frame 0 .* got complex128 of shape \(50, 70, 3\)"),
+    "objects": (lambda f: np.array([f, None], dtype=object), r"Frame 0 .* got object of shape \(2,\)"),
+    "bool": (lambda f: f[..., 0] > 9, r"Frame 0 .* got bool of shape \(50, 70\)\. .* `frame \* 255`"),
+    "no row": (lambda f: f[:0], r"Frame 0 .* got uint8 of shape \(0, 70, 3\)"),
+    "no column": (lambda f: Image.new("I", (0, 4)), "Frame 0 .* got a picture of 0x4"),
+    "empty list": (lambda f: [], "`images` holds no frame, got an empty list"),
+    "empty batch": (lambda f: f[None][:0], "`images` holds no frame, got an empty ndarray"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_FRAMES)
+def test_what_is_no_frame_is_named_in_a_line(kind, frame):
+    make, message = NO_FRAMES[kind]
+    with pytest.raises(ValueError, match=message) as caught:
+        DeformVosImageProcessor()(make(frame))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("option", ["input_data_format", "do_convert_rgb"])
+def test_options_that_leave_no_channels_are_named(option, frame):
+    broken = {
+        "input_data_format": lambda: DeformVosImageProcessor()(frame, input_data_format="channels_first"),
+        "do_convert_rgb": lambda: DeformVosImageProcessor()(Image.new("LA", (8, 9)), do_convert_rgb=False),
+    }[option]
+    with pytest.raises(ValueError, match=f"Frame 0 must have 1, 3 or 4 channels, got .*{option}"):
+        broken()
+
+
+@pytest.mark.parametrize("where", ["init", "call"])
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ({"shortest_edge": -5}, r"`size\[\"shortest_edge\"\]` must be a positive integer, .* got -5"),
+        ({"shortest_edge": 0}, r"`size\[\"shortest_edge\"\]` must be a positive integer, .* got 0"),
+        (
+            {"shortest_edge": 96, "longest_edge": -1},
+            r"`size\[\"longest_edge\"\]` must be a positive integer, .* got -1",
+        ),
+        (-5, r"`size\[\"shortest_edge\"\]` must be a positive integer, .* got -5"),
+    ],
+)
+def test_sizes_that_are_no_lengths_are_refused(where, size, message, frame):
+    with pytest.raises(ValueError, match=message):
+        DeformVosImageProcessor(size=size) if where == "init" else DeformVosImageProcessor()(frame, size=size)
 
 
 def test_a_size_without_short_edge_is_refused(frame):

@@ -1,5 +1,7 @@
 """Sessions: streaming equals training, objects come and go, nothing grows, and mistakes are named."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -104,6 +106,26 @@ def test_every_form_of_masks_means_the_same(masks, tiny_model, tiny_processor, t
     assert output.object_ids == [1, 2]
     reference = list(tiny_model.propagate_in_video_iterator(open_session(tiny_processor, frames[:2], ids[0])))[1]
     torch.testing.assert_close(output.pred_masks, reference.pred_masks)
+
+
+@pytest.mark.parametrize("obj_id", [5, np.int64(5), np.array(5), torch.tensor(5), {5}])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float16])
+def test_ids_and_masks_of_any_type(obj_id, dtype, tiny_processor, tiny_clip):
+    _, ids = tiny_clip
+    session = tiny_processor.init_video_session()
+    mask = torch.from_numpy(ids[0] == 1).to(dtype)
+    tiny_processor.add_inputs_to_inference_session(session, np.int64(0), obj_ids=obj_id, input_masks=mask[None])
+    assert session.object_ids == [5] and torch.equal(session._inputs[0][5], mask > 0)
+
+
+def test_what_processor_and_reader_return_is_taken_as_it_is(tiny_model, tiny_processor, tiny_clip, caplog):
+    frames, ids = tiny_clip
+    decoded = [SimpleNamespace(index=index, image=frame) for index, frame in enumerate(frames)]
+    session = tiny_processor.init_video_session(video=iter(decoded))
+    sizes = tiny_processor(images=frames[0]).original_sizes
+    tiny_processor.add_inputs_to_inference_session(session, 0, input_masks=ids[0], original_size=sizes)
+    output = next(tiny_model.propagate_in_video_iterator(session))
+    assert tiny_processor.post_process_id_map(output, sizes).shape == SIZE and not caplog.records
 
 
 def palette(ids):
@@ -340,6 +362,26 @@ def test_the_last_object_may_be_removed_while_a_video_is_followed(kind, tiny_mod
 
     assert list(visited(later=False)) == [(0, [1]), (1, [1])]
     assert list(visited(later=True)) == [(0, [1]), (1, [1]), (4, [2]), (5, [2])]
+
+
+def test_masks_that_no_frame_reaches_are_told(tiny_model, tiny_processor, tiny_clip, caplog):
+    frames, ids = tiny_clip
+    session = tiny_processor.init_video_session()
+    tiny_processor.add_inputs_to_inference_session(session, 2, input_masks=ids[2])
+    pixel_values = tiny_processor(images=frames[3]).pixel_values[0]
+    with pytest.raises(ValueError, match=r"The masks of frame 2 would be lost: .* before frame 3 \(`frame_idx=2`\)"):
+        tiny_model(inference_session=session, frame=pixel_values, frame_idx=3)
+    assert tiny_model(inference_session=session, frame=pixel_values).frame_idx == 2, "the session goes on"
+    for first, outputs in ((7, None), (0, 6)):
+        session = tiny_processor.init_video_session(video=iter(frames))
+        for frame_idx in {first, 7}:
+            tiny_processor.add_inputs_to_inference_session(session, frame_idx, input_masks=ids[0])
+        if outputs is None:
+            with pytest.raises(ValueError, match="The video ended before frame 7"):
+                list(tiny_model.propagate_in_video_iterator(session))
+        else:
+            assert len(list(tiny_model.propagate_in_video_iterator(session))) == outputs
+            assert "The video ended before frame 7" in caplog.text
 
 
 def test_the_bar_counts_the_frames_that_are_visited(tiny_model, tiny_processor, tiny_clip):
@@ -600,6 +642,20 @@ MISTAKES = {
     "unknown id": (lambda s, p, f, y: s.remove_object(17), "17"),
     "empty video": (lambda s, p, f, y: p.init_video_session(video=[]), "no frame"),
     "bad interval": (lambda s, p, f, y: p.init_video_session(memory_interval=0), "memory_interval"),
+    "fractional frame": (lambda s, p, f, y: p.add_inputs_to_inference_session(s, 1.7, input_masks=y), "whole number"),
+    "fractional id": (lambda s, p, f, y: p.add_inputs_to_inference_session(s, 0, [1.5], [y == 1]), "obj_ids.*1.5"),
+    "path as mask": (lambda s, p, f, y: p.add_inputs_to_inference_session(s, 0, [1], "mask.png"), "'mask.png'"),
+    "dict as mask": (lambda s, p, f, y: p.add_inputs_to_inference_session(s, 0, [1], {1: y}), "id map"),
+    "ids beyond int32": (
+        lambda s, p, f, y: p.add_inputs_to_inference_session(s, 0, input_masks=y.astype(np.int64) << 40),
+        "32-bit",
+    ),
+    "number as video": (lambda s, p, f, y: p.init_video_session(video=5), "got int"),
+    "dict as video": (lambda s, p, f, y: p.init_video_session(video={0: f}), "got dict"),
+    "picture as video": (lambda s, p, f, y: p.init_video_session(video=Image.new("RGB", (8, 8))), "got Image"),
+    "short side below 1": (lambda s, p, f, y: p.init_video_session(short_side=0), "`short_side` must be at least 1"),
+    "fractional interval": (lambda s, p, f, y: p.init_video_session(memory_interval=2.5), "whole number, got 2.5"),
+    "no such device": (lambda s, p, f, y: p.init_video_session(inference_device="foo"), "cuda:0, got 'foo'"),
     "NaN picture": (lambda s, p, f, y: p(images=np.full((*SIZE, 3), np.nan)), "NaN"),
     "values out of range": (lambda s, p, f, y: p(images=np.full((*SIZE, 3), 999)), r"0\.\.255"),
 }
@@ -625,6 +681,15 @@ STEP_MISTAKES = {
     "infinite": (lambda m, s, f: m(inference_session=s, frame=broken(f, float("inf")), frame_idx=2), "infinite"),
     "other size": (lambda m, s, f: m(inference_session=s, frame=f[:, :81]), "97x161"),
     "two frames": (lambda m, s, f: m(inference_session=s, frame=torch.stack([f, f])), "one frame"),
+    "flat": (lambda m, s, f: m(inference_session=s, frame=f[0]), "one frame"),
+    "clips": (lambda m, s, f: m(inference_session=s, frame=f[None, None]), "one frame"),
+    "no pixels": (lambda m, s, f: m(inference_session=s, frame=f[:, :0]), "one frame"),
+    "one channel": (lambda m, s, f: m(inference_session=s, frame=f[:1]), "one frame"),
+    "before the first": (
+        lambda m, s, f: m(inference_session=s, frame=f, frame_idx=-1),
+        "must not be negative, got -1",
+    ),
+    "between frames": (lambda m, s, f: m(inference_session=s, frame=f, frame_idx=1.5), "whole number, got 1.5"),
     "not 16k+1": (lambda m, s, f: m(inference_session=s, frame=f[:, :-1]), "97x161|16k"),
     "nothing to iterate": (lambda m, s, f: next(m.propagate_in_video_iterator(s)), "no video"),
 }

@@ -20,9 +20,11 @@ for output in model.propagate_in_video_iterator(session):
 
 import json
 import logging
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import numpy as np
 from PIL import Image
@@ -33,6 +35,10 @@ logger = logging.getLogger(__name__)
 SETTINGS_FILE = "deformvos_export.json"
 GRAPHS = ("encode", "start", "read", "write")
 STRIDE = 16
+FRAME = (
+    "a PIL image, or an array or tensor of numbers, (height, width), (height, width, channels) or (channels, height, "
+    "width), with 1, 3 or 4 channels and at least one pixel"
+)
 # Logit of a mask that the user gave: e^-10 is below what half precision tells from certainty.
 GIVEN_LOGIT = 10.0
 
@@ -229,6 +235,11 @@ class OnnxDeformVosProcessor:
     """
     Prepares frames, opens sessions, takes masks in and gives masks back.
 
+    A frame is a PIL image of any mode, or an array or tensor `(height, width)`, `(height, width, channels)` or
+    `(channels, height, width)` of 1, 3 or 4 channels, alpha being dropped: whole numbers in 0..255, or floating-point
+    numbers in 0..255 or 0..1. Sixteen-bit PIL images are brought to eight bits: those of mode `I;16` always, those of
+    mode `I` where a value exceeds 255.
+
     Args:
         size (`dict[str, int]`): upper bounds of the sides, `shortest_edge` and, optionally, `longest_edge`, in pixels.
         resample (`int`): Pillow's resampling filter.
@@ -246,7 +257,7 @@ class OnnxDeformVosProcessor:
         image_std: Sequence,
         max_enlargement: float = 1.0,
     ):
-        self.size = {name: side for name, side in size.items() if side}
+        self.size = _bounds(size)
         self.max_enlargement = max_enlargement
         self.resample = resample
         mean, deviation = (np.asarray(values, dtype=np.float32)[:, None, None] for values in (image_mean, image_std))
@@ -263,12 +274,12 @@ class OnnxDeformVosProcessor:
         Prepare one frame or several.
 
         Args:
-            images: a PIL image, a `(height, width, 3)` or `(3, height, width)` array, or a list of them.
+            images: a frame, a batch of four dimensions, or a list of them.
             size (`dict`, *optional*): instead of the processor's.
             return_tensors (`str`, *optional*): `"np"` or `None`, which is the same.
 
         Raises:
-            ValueError: for NaN, other channel counts, empty frames, or values that are no colours.
+            ValueError: for what is no frame, NaN, values that are no colours, or a `size` that is none.
         """
         if return_tensors not in (None, "np"):
             raise ValueError(f'`return_tensors` must be "np", got {return_tensors!r}: there are arrays alone here.')
@@ -276,13 +287,11 @@ class OnnxDeformVosProcessor:
 
     def prepare(self, images, size: dict | None = None) -> Inputs:
         """As [`~OnnxDeformVosProcessor.__call__`]."""
-        size = self.size if size is None else size
-        if not size.get("shortest_edge"):
+        size = self.size if size is None else _bounds(size)
+        if "shortest_edge" not in size:
             raise ValueError(f'`size` needs "shortest_edge", the bound of the short side in pixels; got {size}.')
-        if isinstance(images, Image.Image) or getattr(images, "ndim", 4) < 4:
-            images = [images]
         pixel_values, original_sizes = [], []
-        for index, image in enumerate(images):
+        for index, image in enumerate(_each_frame(images)):
             frame = _to_uint8_rgb(image, index)
             original_sizes.append(frame.shape[:2])
             height, width = network_size(*frame.shape[:2], size, self.max_enlargement)
@@ -291,6 +300,8 @@ class OnnxDeformVosProcessor:
             pixels = np.multiply(np.moveaxis(resized, -1, 0), self._scale, order="C", dtype=np.float32)
             pixels += self._shift
             pixel_values.append(pixels)
+        if not pixel_values:
+            raise ValueError(f"`images` holds no frame, got an empty {type(images).__name__}. A frame is {FRAME}.")
         if len({pixels.shape for pixels in pixel_values}) == 1:
             pixel_values = pixel_values[0][None] if len(pixel_values) == 1 else np.stack(pixel_values)
         return Inputs(pixel_values, original_sizes)
@@ -323,12 +334,17 @@ class OnnxDeformVosProcessor:
                 f"`video` as an array must be (num_frames, height, width, 3), got {tuple(video.shape)}; a single "
                 "frame is `frame[None]`."
             )
+        readable = hasattr(video, "__iter__") or hasattr(video, "__getitem__")
+        if video is not None and (not readable or isinstance(video, dict)):
+            raise ValueError(f"`video` must be frames, as a list or an iterator has them, got {type(video).__name__}.")
         if video is not None and hasattr(video, "__len__") and len(video) == 0:
             raise ValueError("`video` holds no frame.")
+        if short_side is not None and as_index(short_side, "short_side") < 1:
+            raise ValueError(f"`short_side` must be at least 1, got {short_side}.")
         size = self.size if short_side is None else {**self.size, "shortest_edge": short_side}
 
         def prepare(frame):
-            inputs = self.prepare(frame, size)
+            inputs = self.prepare(getattr(frame, "image", frame), size)
             return inputs.pixel_values, inputs.original_sizes[0]
 
         return OnnxInferenceSession(video, prepare, memory_interval, long_term_slots)
@@ -362,14 +378,14 @@ class OnnxDeformVosProcessor:
         """
         masks = masks_by_id(input_masks, obj_ids)
         if original_size is not None:
-            expected = tuple(int(side) for side in original_size)
+            expected = as_size(original_size)
             for obj_id, mask in masks.items():
                 if mask.shape != expected:
                     logger.warning(
                         f"The mask of object {obj_id} is {mask.shape[0]}x{mask.shape[1]} (height x width), the frame "
                         f"{expected[0]}x{expected[1]}: it is resized by nearest neighbour."
                     )
-        inference_session.add_masks(int(frame_idx), masks)
+        inference_session.add_masks(as_index(frame_idx, "frame_idx"), masks)
 
     def post_process_masks(
         self, masks: np.ndarray | list[np.ndarray], original_sizes: list[tuple[int, int]], binarize: bool = True
@@ -391,7 +407,7 @@ class OnnxDeformVosProcessor:
             raise ValueError(f"{len(masks)} frames of masks came with {len(original_sizes)} original sizes.")
         processed = []
         for logits, original_size in zip(masks, original_sizes, strict=True):
-            size = tuple(int(side) for side in original_size)
+            size = as_size(original_size)
             if binarize:
                 numbers = np.arange(1, len(logits) + 1)[:, None, None, None]
                 processed.append(winners(logits, size) == numbers)
@@ -409,20 +425,80 @@ class OnnxDeformVosProcessor:
             original_size (`tuple[int, int]`): the frame's (height, width).
         """
         ids = np.array([0, *output.object_ids], dtype=np.int32)
-        return ids[winners(output.pred_masks, tuple(int(side) for side in original_size))]
+        return ids[winners(output.pred_masks, as_size(original_size))]
+
+
+def _bounds(size: dict) -> dict[str, int]:
+    """The sides of `size` that are given; those that are no lengths are refused."""
+    bounds = {name: side for name, side in dict(size).items() if side is not None}
+    for name, side in bounds.items():
+        if not isinstance(side, Integral) or side < 1:
+            raise ValueError(f'`size["{name}"]` must be a positive integer, a bound in pixels; got {side!r}.')
+    return bounds
+
+
+def _each_frame(images) -> Iterator:
+    """The frames of lists, iterators and four-dimensional batches, one after the other."""
+    if isinstance(images, (list, tuple, Iterator)):
+        for image in images:
+            yield from _each_frame(image)
+    elif getattr(images, "ndim", None) == 4:
+        yield from images
+    else:
+        yield images
+
+
+def _checked(image, index: int) -> Image.Image | np.ndarray:
+    """A picture as it is, anything else as an array of numbers; `ValueError` for what is no frame."""
+    if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise ValueError(f"Frame {index} must be {FRAME}; got a picture of {image.width}x{image.height}.")
+        return image
+    if hasattr(image, "detach"):
+        image = image.detach().cpu()
+        # NumPy has no such type.
+        image = image.float() if str(image.dtype) == "torch.bfloat16" else image
+    if not hasattr(image, "__array__"):
+        raise ValueError(f"Frame {index} must be {FRAME}; got {type(image).__name__}.")
+    array = np.asarray(image)
+    if array.dtype == bool:
+        raise ValueError(
+            f"Frame {index} must hold colours or greys, got bool of shape {array.shape}. For black and white give "
+            "`frame * 255`; masks go to `add_inputs_to_inference_session`."
+        )
+    has_channels = array.ndim == 3 and not {array.shape[0], array.shape[-1]}.isdisjoint((1, 3, 4))
+    if array.dtype.kind not in "iuf" or array.size == 0 or not (array.ndim == 2 or has_channels):
+        raise ValueError(f"Frame {index} must be {FRAME}; got {array.dtype} of shape {array.shape}.")
+    return array
+
+
+def _picture_to_array(picture: Image.Image) -> np.ndarray:
+    """A picture to `(height, width, 3)` uint8, or to `(height, width)` where it has more than eight bits of grey."""
+    if picture.mode == "F":
+        return np.asarray(picture)
+    if not picture.mode.startswith("I"):
+        return np.asarray(picture.convert("RGB"))
+    # Pillow would clip these instead of scaling them.
+    grey = np.asarray(picture)
+    if picture.mode == "I" and not (grey.min() >= 0 and 255 < grey.max() <= 65535):
+        return grey
+    return (grey >> 8).astype(np.uint8)
 
 
 def _to_uint8_rgb(image, index: int) -> np.ndarray:
-    """A picture or an array of any usual kind to `(height, width, 3)` uint8; alpha is dropped."""
+    """
+    A frame of any usual kind to `(height, width, 3)` uint8; alpha is dropped.
+
+    Raises:
+        ValueError: for what is no frame, NaN, or values that are no colours.
+    """
+    image = _checked(image, index)
     if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
-    image = np.asarray(image)
+        image = _picture_to_array(image)
+    elif image.ndim == 3 and image.shape[0] in (1, 3, 4):
+        image = np.moveaxis(image, 0, -1)
     if image.ndim == 2:
         image = image[..., None]
-    if image.ndim == 3 and image.shape[0] in (1, 3, 4):
-        image = np.moveaxis(image, 0, -1)
-    if image.ndim != 3 or image.shape[-1] not in (1, 3, 4) or 0 in image.shape:
-        raise ValueError(f"Frame {index} must have 1, 3 or 4 channels and at least one pixel, got {image.shape}.")
     if image.dtype.kind == "f":
         if not np.isfinite(image).all():
             raise ValueError(f"Frame {index} holds NaN or infinite values.")
@@ -431,25 +507,42 @@ def _to_uint8_rgb(image, index: int) -> np.ndarray:
     if image.dtype != np.uint8:
         if image.min() < 0 or image.max() > 255:
             raise ValueError(
-                f"Frame {index} has values from {image.min()} to {image.max()}; they must lie in 0..255, or in 0..1 "
-                "for floating-point frames."
+                f"Frame {index} has values from {image.min()} to {image.max()}; they must lie in 0..255, in 0..1 for "
+                "floating-point frames, or in 0..65535 for PIL images of 16 bits."
             )
         image = image.astype(np.uint8)
     return np.ascontiguousarray(np.broadcast_to(image[..., :3], (*image.shape[:2], 3)))
+
+
+def as_index(value, name: str) -> int:
+    """
+    A whole number of any type.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise ValueError(f"`{name}` must be a whole number, got {value!r}.") from error
+
+
+def as_size(original_size: Sequence) -> tuple[int, int]:
+    """One frame's (height, width); the processor's list of one such pair is as good."""
+    height, width = original_size[0] if len(original_size) == 1 else original_size
+    return as_index(height, "original_size"), as_index(width, "original_size")
 
 
 def masks_by_id(input_masks, obj_ids) -> dict[int, np.ndarray]:
     """Any accepted form of masks to bool `(height, width)` by object id."""
     if input_masks is None:
         raise ValueError("`input_masks` is needed: an id map, or one boolean mask an object.")
-    obj_ids = [obj_ids] if isinstance(obj_ids, (int, np.integer)) else obj_ids
     if obj_ids is not None:
-        obj_ids = [int(obj_id) for obj_id in obj_ids]
+        is_one = not isinstance(obj_ids, Iterable) or getattr(obj_ids, "ndim", 1) == 0
+        obj_ids = [as_index(obj_id, "obj_ids") for obj_id in ([obj_ids] if is_one else obj_ids)]
         if len(set(obj_ids)) != len(obj_ids):
             raise ValueError(f"`obj_ids` must differ from each other, got {obj_ids}.")
-        beyond = [obj_id for obj_id in obj_ids if not -(2**31) <= obj_id < 2**31]
-        if beyond:
-            raise ValueError(f"Object ids are 32-bit integers, got {beyond}.")
+        _check_range(obj_ids)
         if 0 in obj_ids:
             raise ValueError(f"0 is the background and no object id; got `obj_ids` {obj_ids}.")
     array = _as_array(input_masks)
@@ -464,8 +557,19 @@ def masks_by_id(input_masks, obj_ids) -> dict[int, np.ndarray]:
     return {i: _as_bool_mask(mask, f"The mask of object {i}") for i, mask in zip(obj_ids, listed, strict=True)}
 
 
+def _check_range(obj_ids: list[int]):
+    beyond = [obj_id for obj_id in obj_ids if not -(2**31) <= obj_id < 2**31]
+    if beyond:
+        raise ValueError(f"Object ids are 32-bit integers, got {beyond}.")
+
+
 def _as_array(input_masks):
     """Arrays and images as one array; a list of masks stays a list, since sizes may differ."""
+    if isinstance(input_masks, (str, bytes, os.PathLike, dict)):
+        raise ValueError(
+            f"`input_masks` must be an id map, or one boolean mask an object, got {input_masks!r:.60}. Open a file "
+            "with `PIL.Image.open`."
+        )
     if isinstance(input_masks, Image.Image) and input_masks.mode not in ("P", "L", "1", "I", "I;16"):
         raise ValueError(
             f"A mask image must hold ids (palette or grey), got mode {input_masks.mode}. Convert colours to ids first."
@@ -481,6 +585,7 @@ def _split_id_map(id_map: np.ndarray, obj_ids: list[int] | None) -> dict[int, np
             raise ValueError("An id map must hold whole numbers; this one has fractions, NaN or infinite values.")
         id_map = id_map.astype(np.int64)
     present = [int(obj_id) for obj_id in np.unique(id_map) if obj_id != 0]
+    _check_range(present)
     if obj_ids is None and not present:
         raise ValueError("The mask is empty: every pixel is 0, the background. Mark at least one object.")
     missing = [obj_id for obj_id in obj_ids or () if obj_id not in present]
@@ -805,7 +910,7 @@ class OnnxInferenceSession:
         long_term_slots: int | None = None,
     ):
         for name, value in (("memory_interval", memory_interval), ("long_term_slots", long_term_slots)):
-            if value is not None and value < 1:
+            if value is not None and as_index(value, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         self.source = None if video is None else FrameSource(video, prepare)
         self.memory_interval = memory_interval
@@ -890,8 +995,8 @@ class OnnxInferenceSession:
         if self.source is None:
             if self._last_frame_idx is not None and frame_idx < self._last_frame_idx:
                 raise ValueError(
-                    f"Frame {frame_idx} has passed: frame {self._last_frame_idx} was handed over last. Give masks for "
-                    "that one or a later one, before it is handed over (again)."
+                    f"Frame {frame_idx} has passed: frame {self._last_frame_idx} was handed over last. Masks are "
+                    "given for that frame or a later one, and then it is handed over (again)."
                 )
             return
         if self.num_frames is not None and frame_idx >= self.num_frames:
@@ -936,8 +1041,8 @@ class OnnxInferenceSession:
 
     def step(self, model: OnnxDeformVos, frame: np.ndarray | None, frame_idx: int | None) -> OnnxDeformVosOutput:
         """Segment one frame and remember it; see [`OnnxDeformVos.__call__`]."""
-        if frame_idx is None:
-            frame_idx = self._next_frame_idx()
+        frame_idx = self._next_frame_idx() if frame_idx is None else as_index(frame_idx, "frame_idx")
+        self._check_order(frame_idx)
         pixel_values = self._pixel_values(frame, frame_idx)
         frame_size = pixel_values.shape[-2:]
         given = _at_size(self._inputs.get(frame_idx, {}), frame_size)
@@ -959,6 +1064,16 @@ class OnnxInferenceSession:
         if self.source is None or not self.source.is_seekable:
             self._inputs.pop(frame_idx, None)
         return self._output(read, given, frame_idx)
+
+    def _check_order(self, frame_idx: int):
+        """Refuses to go past a frame whose masks wait for it to be handed over."""
+        if frame_idx < 0:
+            raise ValueError(f"`frame_idx` must not be negative, got {frame_idx}.")
+        if self.source is None and self._inputs and min(self._inputs) < frame_idx:
+            raise ValueError(
+                f"The masks of frame {min(self._inputs)} would be lost: hand that frame over before frame {frame_idx} "
+                f"(`frame_idx={min(self._inputs)}`)."
+            )
 
     def _check_joining(self, given: dict[int, np.ndarray], frame_idx: int):
         """Refuses a new object of which nothing is left; `given` are the masks at network size."""
@@ -989,9 +1104,12 @@ class OnnxInferenceSession:
                 f"`frame` must be an array (3, height, width), got {type(frame).__name__}: pass "
                 "`processor(images=frame).pixel_values[0]`."
             )
-        pixel_values = frame if frame.ndim == 4 else frame[None]
-        if pixel_values.shape[0] != 1:
-            raise ValueError(f"`frame` must be one frame (3, height, width), got {tuple(frame.shape)}.")
+        pixel_values = frame[None] if frame.ndim == 3 else frame
+        if pixel_values.ndim != 4 or pixel_values.shape[:2] != (1, 3) or not pixel_values.size:
+            raise ValueError(
+                f"`frame` must be one frame (3, height, width), got {tuple(frame.shape)}: pass "
+                "`processor(images=frame).pixel_values[0]`."
+            )
         size = pixel_values.shape[-2:]
         if self._frame_size not in (None, size):
             raise ValueError(
@@ -1152,9 +1270,19 @@ class OnnxInferenceSession:
                 try:
                     self.source.read(frame_idx)
                 except FrameSource.End:
+                    self._check_unreached(frame_idx)
                     return
                 yield frame_idx
             frame_idx, visited = frame_idx + direction, visited + 1
+
+    def _check_unreached(self, end: int):
+        """Masks that a stream ended before were in vain: an error where nothing else was followed."""
+        last = max(self._inputs, default=-1)
+        if last >= end:
+            message = f"The video ended before frame {last}, which a mask was given for; frames count from 0."
+            if self._is_empty:
+                raise ValueError(message)
+            logger.warning(message)
 
     def count_frames(
         self, start_frame_idx: int | None, max_frame_num_to_track: int | None, reverse: bool

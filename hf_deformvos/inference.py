@@ -12,6 +12,7 @@ from itertools import count
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils.sha import sha_fileobj
 from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.utils import cached_file
@@ -192,7 +193,11 @@ def load_checkpoint(name: str, device: str | None = None, overrides: dict | None
         unknown = sorted(set(overrides) - set(AutoConfig.from_pretrained(name).to_dict()))
         if unknown:
             raise ValueError(f"The configuration of {name} has no field {', '.join(unknown)}; see its config.json.")
-    model, report = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **(overrides or {}))
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    try:
+        model, report = AutoModel.from_pretrained(name, **options, **(overrides or {}))
+    except StrictDataclassError as error:
+        raise ValueError(f"The configuration of {name} does not take {overrides or 'its values'}: {error}") from error
     if not isinstance(model, DeformVosModel):
         raise ValueError(f"{name} holds a {type(model).__name__}; a DeformVosModel is needed.")
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])

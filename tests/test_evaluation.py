@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+from hf_deformvos.cli import as_typed, main
 from hf_deformvos.cli import evaluate as evaluate_command
 from hf_deformvos.cli import score as score_command
 from hf_deformvos.evaluation import guess_dataset, load_dataset_layout, score_predictions, summarize
@@ -229,6 +230,12 @@ def test_broken_copies_are_named(tmp_path):
     make_davis(tmp_path, 2017, ["cat"], annotated=[0, 1, 3, 4, 5, 6])
     with pytest.raises(ValueError, match=r"lacks 1 of 7, the first being 00002.png"):
         load_dataset_layout("davis2017", tmp_path)
+    frame = tmp_path / "JPEGImages" / "480p" / "cat" / "00003.jpg"
+    frame.rename(tmp_path / "elsewhere.jpg")
+    for layout in ("davis2017", "folder"):
+        with pytest.raises(ValueError, match=r"a frame for every mask: .*/cat lacks 1, the first being 00003"):
+            load_dataset_layout(layout, tmp_path, max_frames=2)
+    (tmp_path / "elsewhere.jpg").rename(frame)
     (tmp_path / "Annotations" / "480p" / "cat" / "00000.png").unlink()
     with pytest.raises(ValueError, match=r"'cat' must have the mask of its first frame"):
         load_dataset_layout("davis2017", tmp_path)
@@ -544,6 +551,8 @@ def test_real_model_runs_through_the_public_interface(tmp_path, tiny_model, tiny
     assert (model.config.use_offsets, model.config.long_term_slots) == (False, 1)
     with pytest.raises(ValueError, match="no field use_offset;"):
         load_pretrained(RunnerConfig(str(tmp_path / "model"), overrides={"use_offset": False}))
+    with pytest.raises(ValueError, match=r"(?s)does not take \{'memory_interval': 'abc'\}.*expected int, got str"):
+        load_pretrained(RunnerConfig(str(tmp_path / "model"), overrides={"memory_interval": "abc"}))
 
 
 @pytest.mark.parametrize(
@@ -748,9 +757,46 @@ def test_score_command_names_wrong_sizes_and_unknown_ids(tmp_path, command, caps
         command(*words)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["score", "--predictions", "{data}", "--root", "{data}", "--dataset", "davis2017", "--json", "{data}"],
+            "{data} cannot be written (it is a folder); name another file.",
+        ),
+        (
+            ["score", "--predictions", "{data}/x/y", "--root", "{data}"],
+            "--predictions must be a folder of masks, got '{data}/x/y', which does not exist.",
+        ),
+        (
+            ["evaluate", "--model", "m", "--root", "{data}", "--dataset", "davis2017", "--split", "test"],
+            "--split must have a file",
+        ),
+        (
+            ["evaluate", "--model", "m", "--root", "{data}", "--dataset", "davis2017", "--resume"],
+            "--resume takes up the masks in --save-masks, which is not set",
+        ),
+    ],
+)
+def test_errors_name_options_as_they_are_typed(words, message, tmp_path, capsys):
+    data = make_davis(tmp_path / "data", 2017, ["cat"])
+    assert main([word.format(data=data) for word in words]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message.format(data=data)}")
+
+
+def test_an_ambiguous_option_is_named_only_if_it_was_typed():
+    usage = "usage: deformvos evaluate [-h] --model DIR [--split SPLIT] [--dataset-split SPLIT]"
+    for words, expected in (
+        (["--dataset-split", "x"], "--dataset-split is x, `other` is not"),
+        (["--split=x"], "--split is x, `other` is not"),
+        ([], "`split` is x, `other` is not"),
+    ):
+        assert as_typed("`split` is x,\n`other` is not", usage, words) == expected
+
+
 def test_score_without_ground_truth_is_an_error(tmp_path, command):
     root = make_youtube_vos(tmp_path, complete=False)
-    with pytest.raises(ValueError, match=r"has no ground truth to score against"):
+    with pytest.raises(ValueError, match=r"has nothing to score against"):
         command("score", "--predictions", root / "valid", "--dataset", "youtubevos2019", "--root", root)
 
 

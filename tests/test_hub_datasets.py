@@ -390,10 +390,10 @@ def test_broken_folders_are_one_line(tmp_path, davis, capsys, fault):
         (["--root", "x", "--dataset-name", "{set}"], "--root belongs to folders"),
         (["--dataset-name", "{set}", "--workers", "2"], "--workers belongs to folders"),
         (["--dataset-name", "{set}", "--dataset", "youtubevos2018"], "must be one of davis2016, davis2017, folder"),
-        (["--dataset-name", "{set}", "--dataset-split", "test"], "`split` must be one of train, val in"),
+        (["--dataset-name", "{set}", "--dataset-split", "test"], "--dataset-split must be one of train, val in"),
         (
             ["--dataset-name", "{set}", "--sequences", "ant,dog"],
-            r"`sequences` must be of set \(bee, cat\), got ant, dog",
+            r"--sequences must be of set \(bee, cat\), got ant, dog",
         ),
         (["--dataset-name", "{set}/none"], "must be a file, a folder or a Hub repository"),
     ],

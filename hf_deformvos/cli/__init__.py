@@ -7,6 +7,7 @@ Exit codes: 0 done, 2 a mistake in what was asked for, 3 done but the input was 
 
 import argparse
 import os
+import re
 import sys
 
 from hf_deformvos import __version__
@@ -25,7 +26,25 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (segment, evaluate, score, benchmark, export, publish, dataset):
         command.add_parser(subparsers)
+    for subparser in subparsers.choices.values():
+        subparser.set_defaults(usage=subparser.format_usage)
     return parser
+
+
+def as_typed(message: str, usage: str, words: list[str]) -> str:
+    """An error on one line, its `arguments` of functions named as the options that the user typed, or may type."""
+    options = set(re.findall(r"(?<!\S)\[?(--[a-z-]+)", usage))
+    typed = options & {word.partition("=")[0] for word in words}
+
+    def option(match: re.Match) -> str:
+        name = match[1].replace("_", "-")
+        for known in (typed, options):
+            fitting = [each for each in known if each == f"--{name}" or each.endswith(f"-{name}")]
+            if len(fitting) == 1:
+                return fitting[0]
+        return match[0]
+
+    return re.sub(r"`(\w+)`", option, " ".join(message.split()))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         `int`: The exit code. argparse itself leaves by `SystemExit` (2 for a mistake, 0 for `--help`).
     """
-    arguments = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    arguments = build_parser().parse_args(words)
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
@@ -49,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {as_typed(str(error), arguments.usage(), words)}", file=sys.stderr)
         if os.environ.get("TRANSFORMERS_VERBOSITY") == "debug":
             raise
         return 2

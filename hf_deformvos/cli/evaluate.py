@@ -98,8 +98,10 @@ def parse_override(text: str) -> tuple[str, object]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
-    from ..evaluation.runner import RunnerConfig, evaluate, write_json
+    from ..evaluation.runner import RunnerConfig, check_writable, evaluate, write_json
 
+    if arguments.json:
+        check_writable(arguments.json)
     resolve_speed(arguments)
     config = RunnerConfig(
         model=arguments.model,
@@ -200,7 +202,7 @@ def _print_totals(result) -> None:
     if classes:
         print(classes)
     if not dataset.has_ground_truth:
-        print("no scores: this split has first masks alone")
+        print("no scores: there are first masks alone, or no frames but the first and the last, which are not scored")
     print("\n".join(_facts(result)))
 
 

@@ -249,7 +249,7 @@ def _davis_sequences(root: Path, name: str, split: str, chosen: list[str] | None
         if chosen is None:
             logger.warning(f"{root} lists no sequences in ImageSets: all {len(listed)} with annotations are taken.")
     for sequence in _choose(chosen, listed, f"{root}, split {split!r}"):
-        frames = _frames(images / sequence, max_frames)
+        frames = _frames(images / sequence, max_frames, masks / sequence)
         annotations = _annotations(masks / sequence, frames)
         first = frames[0].stem
         if first not in annotations:
@@ -278,7 +278,7 @@ def _folder_sequences(root: Path, chosen: list[str] | None, max_frames: int | No
     """Sequences of a plain folder: whatever is annotated is scored."""
     images, masks = _subfolder(root, "JPEGImages"), _subfolder(root, "Annotations")
     for sequence in _choose(chosen, subfolder_names(masks), str(root)):
-        frames = _frames(images / sequence, max_frames)
+        frames = _frames(images / sequence, max_frames, masks / sequence)
         annotations = _annotations(masks / sequence, frames)
         if not annotations:
             raise ValueError(
@@ -316,7 +316,7 @@ def _youtube_vos_sequences(root: Path, split: str, chosen: list[str] | None, max
     for video in _choose(chosen, list(videos), str(base / "meta.json")):
         objects_meta = videos[video]["objects"]
         sampled = sorted({frame for item in objects_meta.values() for frame in item["frames"]})
-        available = _frames(images / video, None)
+        available = _frames(images / video)
         wanted = set(sampled)
         frames = tuple(
             path
@@ -402,22 +402,33 @@ def _choose(chosen: list[str] | None, known: list[str], where: str) -> list[str]
     return [name for name in known if name in set(chosen)]
 
 
-def _frames(folder: Path, max_frames: int | None) -> tuple[Path, ...]:
-    """Image files of a sequence in order of time."""
+def _frames(folder: Path, max_frames: int | None = None, masks: Path | None = None) -> tuple[Path, ...]:
+    """Image files of a sequence in order of time; `masks` is a folder each of whose masks must belong to one."""
     if not folder.is_dir():
         raise ValueError(f"The data set needs the frames of {folder.name!r} in {folder}, which does not exist.")
     frames = image_files(folder)
     if not frames:
         raise ValueError(f"{folder} must hold image files ({', '.join(IMAGE_SUFFIXES)}); there are none.")
+    lost = sorted(_masks_by_frame(masks).keys() - {path.stem for path in frames}) if masks else []
+    if lost:
+        raise ValueError(
+            f"Sequence {folder.name!r} must have a frame for every mask: {folder} lacks {len(lost)}, the first being "
+            f"{lost[0]}. Copy the data set again, or take the masks away."
+        )
     return tuple(frames[:max_frames])
 
 
 def _annotations(folder: Path, frames: Iterable[Path]) -> dict[str, Path]:
     """The PNG of each frame that has one."""
+    existing = _masks_by_frame(folder)
+    return {frame.stem: existing[frame.stem] for frame in frames if frame.stem in existing}
+
+
+def _masks_by_frame(folder: Path) -> dict[str, Path]:
+    """The PNGs of a folder by their frames' names."""
     if not folder.is_dir():
         raise ValueError(f"The data set needs the masks of {folder.name!r} in {folder}, which does not exist.")
-    existing = {path.stem: path for path in folder.iterdir() if path.suffix.lower() == ".png" and path.name[0] != "."}
-    return {frame.stem: existing[frame.stem] for frame in frames if frame.stem in existing}
+    return {path.stem: path for path in folder.iterdir() if path.suffix.lower() == ".png" and path.name[0] != "."}
 
 
 def object_ids_of(ids: np.ndarray) -> list[int]:

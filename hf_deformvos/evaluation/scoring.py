@@ -203,7 +203,8 @@ def find_predictions(predictions: str | os.PathLike, dataset: EvaluationDataset)
     """
     root = Path(predictions)
     if not root.is_dir():
-        raise ValueError(f"`predictions` must be a folder of masks, got {str(root)!r}, which does not exist.")
+        problem = "is a file" if root.exists() else "does not exist"
+        raise ValueError(f"`predictions` must be a folder of masks, got {str(root)!r}, which {problem}.")
     for part in _PREDICTION_FOLDERS:
         if any((root / part / sequence.name).is_dir() for sequence in dataset.sequences):
             return root / part
@@ -220,7 +221,8 @@ def check_predictions(folder: Path, dataset: EvaluationDataset, allow_missing: b
     """
     if not dataset.has_ground_truth:
         raise ValueError(
-            f"{dataset.root} has no ground truth to score against in split {dataset.split!r}, first masks alone."
+            f"{dataset.root} has nothing to score against in split {dataset.split!r}: first masks alone, or no frames "
+            "but the first and the last, which are not scored."
         )
     missing, wrong = [], []
     for sequence in dataset.sequences:

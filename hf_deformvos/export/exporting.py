@@ -64,6 +64,10 @@ def export_model(
         OSError: if there is no such model.
     """
     _check_options(format, dtype, calibration)
+    if dtype == "int8":
+        from .quantization import check_calibration, quantize
+
+        check_calibration(calibration)
     out = Path(out)
     _check_target(out, overwrite)
     loaded, _ = load_for_inference(str(model), device="cpu")
@@ -83,8 +87,6 @@ def export_model(
         settings["source"] = {"name": str(model), "sha256": hash_weights(str(model))}
         _write_runtime(part, settings)
         if dtype == "int8":
-            from .quantization import quantize
-
             settings["dtype"] = "int8"
             settings["quantization"] = quantize(part, calibration)
             write_settings(part, settings)
@@ -127,7 +129,7 @@ def _check_target(out: Path, overwrite: bool):
         if not (out / onnx_session.SETTINGS_FILE).is_file():
             raise ValueError(f"{out} holds files that are no export; choose another folder.")
         if not overwrite:
-            raise ValueError(f"{out} holds an export; choose another folder, or overwrite it.")
+            raise ValueError(f"{out} holds an export; choose another folder, or replace it with `overwrite`.")
 
 
 def write_graph(graph: Graph, folder: Path, format: str) -> Path:

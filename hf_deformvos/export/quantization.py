@@ -55,6 +55,19 @@ def quantize(folder: Path, calibration: str | os.PathLike | None = None) -> dict
     }
 
 
+def check_calibration(calibration: str | os.PathLike | None = None):
+    """
+    Looks at a video before the export that [`quantize`] needs it for.
+
+    Raises:
+        ValueError: if there is none, or it has no frame.
+    """
+    with VideoReader(_calibration_video(calibration), max_frames=1) as reader:
+        for _ in reader:
+            return
+    raise ValueError(f"{calibration} holds no frame to calibrate on; give another video.")
+
+
 def _calibration_video(calibration: str | os.PathLike | None) -> str:
     if calibration is not None:
         return os.fspath(calibration)

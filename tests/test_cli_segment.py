@@ -403,7 +403,7 @@ def test_model_and_device_mistakes(tmp_path, clip, capsys):
     assert run(*arguments, "--model", tmp_path) == 2
     assert "config.json" in error_of(capsys)
     assert run(*arguments, "--model", tmp_path, "--device", "tpu9") == 2
-    assert "`device` must be one that PyTorch can use" in error_of(capsys)
+    assert "--device must be one that PyTorch can use" in error_of(capsys)
     assert not (tmp_path / "out").exists()
 
 

@@ -704,7 +704,7 @@ def test_benchmark_takes_an_exported_folder(onnx_dir, tiny_dir, tmp_path, capsys
     assert "rates" not in report and report["start"]["total_s"] > 0 and case["memory"]["frames"] == 3
     capsys.readouterr()
     assert run(onnx_dir, "--backend", "onnx", "--dtype", "int8") == 2
-    assert "was exported in float32, got `dtype` 'int8'" in capsys.readouterr().err
+    assert "was exported in float32, got --dtype 'int8'" in capsys.readouterr().err
     for folder, backend in ((onnx_dir, "torch"), (tiny_dir, "onnx")):
         assert run(folder, "--backend", backend) == 2
         assert f"The backend '{backend}' does not run" in capsys.readouterr().err
@@ -737,6 +737,7 @@ def test_the_command_names_mistakes(onnx_dir, tiny_dir, tmp_path, capsys):
     for arguments, message in (
         ([tiny_dir, out, "--format", "torch", "--dtype", "int8"], "int8"),
         ([tiny_dir, out, "--calibration", "clip.mp4"], "int8"),
+        ([tiny_dir, out, "--dtype", "int8", "--calibration", str(tmp_path / "file")], "file"),
         ([tiny_dir, str(onnx_dir)], "overwrite"),
         ([tiny_dir, str(tmp_path / "file")], "is a file"),
         ([tiny_dir, str(tmp_path / "full"), "--overwrite"], "no export"),

@@ -80,10 +80,12 @@ def fill_cache(
     Images `(N, HEIGHT, WIDTH, 3)` in bytes and the teacher's features `(N, channels, h, w)` in half precision.
 
     Raises:
-        ValueError: if the cache was filled from another number of images.
+        ValueError: if the cache was filled from other images, or by another teacher.
     """
-    files = [cache / "images.npy", cache / "features.npy"]
-    if not all(file.exists() for file in files):
+    files, origin = [cache / "images.npy", cache / "features.npy"], cache / "origin.txt"
+    weights = sum(float(parameter.double().sum()) for parameter in teacher.parameters())
+    asked = f"teacher {weights!r}\n" + "".join(f"{path.resolve()}\n" for path in paths)
+    if not all(file.exists() for file in (*files, origin)):
         cache.mkdir(parents=True, exist_ok=True)
         channels = teacher.backbone.vit.config.hidden_size
         shapes = (len(paths), HEIGHT, WIDTH, 3), (len(paths), channels, HEIGHT // 16 + 1, WIDTH // 16 + 1)
@@ -100,9 +102,10 @@ def fill_cache(
             features[index] = answer[-1][0, -channels:].float().cpu().numpy()
         for old, new in zip(partial, files, strict=True):
             old.rename(new)
+        origin.write_text(asked)
+    if origin.read_text() != asked:
+        raise ValueError(f"{cache} was filled from other images, or by another teacher; remove it, or name another.")
     images, features = (np.load(file, mmap_mode="r") for file in files)
-    if len(images) != len(paths):
-        raise ValueError(f"{cache} was filled from {len(images)} images, and these are {len(paths)}; remove it.")
     return images, features
 
 

@@ -84,6 +84,29 @@ def test_metadata_is_what_the_hub_reads(student_dir):
 
 
 @pytest.mark.weights
+def test_a_card_states_no_more_than_was_recorded(student):
+    path = student / "training.json"
+    facts = json.loads(path.read_text())
+    for run in cards.runs_of(facts):
+        run["data"] = ["rendered"]
+        run["settings"] |= {"paste": 0.0, "distractor": 0.0, "ema_decay": 0.0, "stages": []}
+    path.write_text(json.dumps(facts))
+    text = cards.render_card(student, {})
+    assert "license: other" in text and "narrowest" not in text
+    for absent in ("short videos", "its training video", "averaged weights", "are pasted in", "validation set"):
+        assert absent not in text, absent
+    facts["data"], facts["settings"]["train_on_held_out"] = ["davis2016-train"], True
+    path.write_text(json.dumps(facts))
+    text = cards.render_card(student, {})
+    assert "DAVIS-2016 train, all 30 sequences" in text and "license: cc-by-nc-4.0" in text
+    name = "deformvos-student-davis2016-val"
+    record = evaluations_of(student)[name]
+    changed = {**record, "command": f"{record['command']} --short-side 240 --override long_term_slots=1"}
+    text = cards.render_card(student, {name: changed}, REPO)
+    assert "DAVIS-2016 val with `--short-side 240 --override long_term_slots=1`" in text and "model-index" not in text
+
+
+@pytest.mark.weights
 def test_a_published_card_is_plain_text(student_dir):
     text = cards.publishable_card(student_dir, records_of(student_dir), REPO)
     assert "numbers:" not in text and "hub_cards/" not in "".join(python_blocks(text)) and cards.is_unedited(text)
@@ -242,6 +265,11 @@ def test_a_report_counts_as_a_record(student, tmp_path):
     (tmp_path / "scores.json").write_text(json.dumps(report))
     found = find_records([tmp_path / "scores.json"], student / "model.safetensors")
     assert found["scores"] == {**record, "model": ""}
+    part = {**report, "command": f"{record['command']} --sequences blackswan"}
+    (tmp_path / "scores.json").write_text(json.dumps(part))
+    with pytest.raises(ValueError, match=r"measured with --sequences, on a part of the benchmark"):
+        find_records([tmp_path / "scores.json"], student / "model.safetensors")
+    assert not find_records([tmp_path], student / "model.safetensors")
     with pytest.raises(ValueError, match="does not exist"):
         find_records([tmp_path / "nowhere"], student / "model.safetensors")
     (tmp_path / "scores.json").write_text("{")

@@ -33,8 +33,10 @@ _TAGS = ["video-object-segmentation", "deformable-attention", "deformvos"]
 _PICTURES = ("picture.jpg", "picture.png")
 # `--option=value` is two words as `--option value` is.
 _OPTION = re.compile(r"(--[\w-]+(?==)|.*)(?:=(.*))?", re.DOTALL)
-# What trades accuracy for time; a score without any is the model's.
-_TRADES = re.compile(r"--(?:preset|adapt-steps|adapt-seed)[ =]\w+|--adapt-check|--adapt\b(?!-)")
+# What changes what is measured; a score without any is the model's.
+_TRADES = re.compile(
+    r"--(?:preset|adapt-steps|adapt-seed|short-side|memory-interval|override)[ =]\S+|--adapt-check|--adapt\b(?!-)"
+)
 _PRIVATE_OPTIONS = ("--json", "--save-masks")  # files that a run wrote, by their places
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SOURCES = {
@@ -141,6 +143,7 @@ def _context(facts: dict, config: dict, provenance: dict, folder: Path, records:
     name = repo_id.split("/")[-1] if repo_id else folder.resolve().name
     metadata = _metadata(facts, provenance, data, records, name)
     own = facts["settings"]
+    saw_held_out = any(run["settings"].get("train_on_held_out", False) for run in runs)
     has_features = any(run["settings"].get("supervision") == "features" for run in runs)
     return {
         "metadata": metadata.to_yaml(line_break="\n").strip(),
@@ -161,9 +164,11 @@ def _context(facts: dict, config: dict, provenance: dict, folder: Path, records:
         "blend": f"{facts['blend']:.0%}" if "blend" in facts else None,
         "averaged": len(facts["averaged_with"]) + 1 if "averaged_with" in facts else None,
         "backbone_rate": f"{own['backbone_lr_scale']:g} times the learning rate for the backbone",
-        "data": _data_table(data, provenance),
+        "data": _data_table(data, provenance, saw_held_out),
         "held_out": _HELD_OUT if "davis2016-train" in data else "",
-        "saw_held_out": any(run["settings"].get("train_on_held_out", False) for run in runs),
+        "saw_held_out": saw_held_out,
+        "is_averaged": any(run["settings"].get("ema_decay", 0.0) > 0 for run in runs),
+        "has_pastes": any(_pastes(run["settings"]) for run in runs),
         "saw_rendered": "rendered" in data,
         "small_data": bool(data) and set(data) <= set(provenance["data"]),
         "backbone": backbone.get("text", "The record of the training does not say what the backbone started from."),
@@ -175,17 +180,18 @@ def _context(facts: dict, config: dict, provenance: dict, folder: Path, records:
 
 def _metadata(facts: dict, provenance: dict, data: list[str], records: dict, name: str) -> ModelCardData:
     """What the Hub reads of a card."""
-    known = bool(data) and set(data) <= set(provenance["data"])
+    known = set(data) <= set(provenance["data"])
+    stated = {provenance["data"][name].get("license") for name in data} - {None} if known else set()
     origin = facts.get("initialised_from", {}).get("name", "")
     teacher = facts.get("teacher", {})
     # The Hub compares models by these: the presets' scores are in the card alone.
     plain = [record for _, record in sorted(records.items()) if not _choices(record)]
     results = [result for record in plain for result in _results(record)]
-    other = {} if known else {"license_name": "see-training-data"}
+    other = {} if stated else {"license_name": "see-training-data"}
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="mask-generation",
-        license="cc-by-nc-4.0" if known else "other",
+        license=stated.pop() if stated else "other",
         **other,
         tags=_TAGS + (["knowledge-distillation"] if teacher else []),
         # Only Hub repositories can be named in these two; other sets and origins are in the card's tables.
@@ -224,8 +230,8 @@ def _title(record: dict) -> str:
 
 
 def _choices(record: dict) -> str:
-    """The options of a record's command that trade accuracy for time."""
-    return " ".join(found[0].replace("=", " ") for found in _TRADES.finditer(record["command"]))
+    """The options of a record's command that make another model, or another use of it."""
+    return " ".join(re.sub(r"^(--[\w-]+)=", r"\1 ", found[0]) for found in _TRADES.finditer(record["command"]))
 
 
 def _as_published(record: dict, repo_id: str) -> dict:
@@ -253,6 +259,7 @@ def _score(name: str, record: dict, provenance: dict, markers: bool) -> dict:
     return {
         "title": _title(record),
         "source": provenance["benchmarks"].get(record["dataset"]["name"]),
+        "is_validation": record["dataset"]["split"] == "val",
         "has_root": "--root" in record["command"],
         "means": block("", measurements.render_means(record)),
         "sequences": block(".sequences", measurements.render_sequences(record)) if has_sequences else None,
@@ -304,18 +311,27 @@ def _runs_table(runs: list[dict]) -> str:
     return "\n".join(rows)
 
 
+def _pastes(settings: dict) -> bool:
+    """Whether a run pasted objects into its clips."""
+    of_stages = [stage.get("paste") or 0.0 for stage in _stages(settings)]
+    return max([settings.get("paste", 0.0), settings.get("distractor", 0.0), *of_stages]) > 0
+
+
 def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _data_table(data: list[str], provenance: dict) -> str:
+def _data_table(data: list[str], provenance: dict, saw_held_out: bool) -> str:
     """A row a data set, with its terms."""
     if not data:
         return "The record of the training does not name the data sets; whoever trained it knows them and their terms."
     rows = ["| set | what | terms, as the source states them |", "|---|---|---|"]
     for name in data:
         entry = provenance["data"].get(name, {"title": name, "what": "-", "terms": "not recorded"})
-        rows.append(f"| {entry['title']} | {entry['what']} | {entry['terms']} |")
+        title = entry["title"]
+        if name == "davis2016-train":
+            title += ", all 30 sequences" if saw_held_out else ", 24 of 30 sequences"
+        rows.append(f"| {title} | {entry['what']} | {entry['terms']} |")
     return "\n".join(rows)
 
 

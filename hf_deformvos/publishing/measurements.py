@@ -1,11 +1,14 @@
 """Records of evaluations as `deformvos evaluate --json` and docs/numbers hold them, and the tables that show them."""
 
 import json
+import re
 from pathlib import Path
 
 from ..inference import sha256_of
 
 
+# Options of `deformvos evaluate` that measure on a part of a benchmark.
+_PARTIAL = re.compile(r"--(?:sequences|max-frames)\b")
 _ENDINGS = {"mean": "", "recall": "-recall", "decay": "-decay"}
 MEASURES = ("JF", "J", "J-recall", "J-decay", "F", "F-recall", "F-decay")
 
@@ -41,10 +44,10 @@ def find_records(places: list[Path], weights: Path) -> dict[str, dict]:
 
     Returns:
         `dict[str, dict]`: evaluations and benchmarks by file name without `.json`; those of other weights, of other
-        kinds, of exported graphs, and without scores are left out.
+        kinds, of exported graphs, of a part of a benchmark, and without scores are left out.
 
     Raises:
-        ValueError: if a place is no file or folder, or a named file is no JSON.
+        ValueError: if a place is no file or folder, or a named file is no JSON or of a part of a benchmark.
     """
     if not weights.is_file():
         return {}
@@ -63,6 +66,13 @@ def find_records(places: list[Path], weights: Path) -> dict[str, dict]:
                 found[path.stem] = record
             if "totals" not in record:
                 continue
+            if partial := _PARTIAL.search(record["command"]):
+                if place.is_dir():
+                    continue
+                raise ValueError(
+                    f"{path} was measured with {partial[0]}, on a part of the benchmark: a card states scores of the "
+                    "whole. Measure again without it."
+                )
             if "facts" not in record:
                 record = as_record(record, "", weights, record["command"])
             if record["totals"].get("J&F") is not None and record["facts"] is not None:

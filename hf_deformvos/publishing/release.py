@@ -45,7 +45,7 @@ def release_run(
         short_side (`int`, *optional*): the processor's bound of the short side, in pixels, which videos of half that
             size are enlarged to; by default all is as in the run.
         memory_interval (`int`, *optional*): overrides the configuration's.
-        data (list of `str`, *optional*): names of the data sets, by default those of the folders that the run read.
+        data (list of `str`, *optional*): names of the data sets, by default those of the folders that each run read.
         origins (`dict`, *optional*): `initialised_from` and `teacher`, for runs whose results do not tell.
         blend (`float`, *optional*): this share of the weights is the run's, the rest is of those that it started from:
             what training on few data gained, with less of what it forgot (Wortsman et al., WiSE-FT, arXiv 2109.01903).
@@ -66,7 +66,7 @@ def release_run(
     model = DeformVosModel.from_pretrained(
         run, **({} if memory_interval is None else {"memory_interval": memory_interval})
     )
-    others = _average(model, results, average)
+    others = _average(model, results, average, data)
     if blend is not None:
         _blend(model, blend, results["config"]["student"], _start_of(results))
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def _start_of(results: dict) -> str | None:
     return origin.get("weights_sha256", origin.get("sha256"))
 
 
-def _average(model: DeformVosModel, results: dict, runs: Sequence[str | Path]) -> list[dict]:
+def _average(model: DeformVosModel, results: dict, runs: Sequence[str | Path], data: list[str] | None) -> list[dict]:
     """Makes a model's weights the mean of its own and those of further runs; what these were."""
     facts = []
     for number, run in enumerate(map(Path, runs), start=2):
@@ -118,8 +118,10 @@ def _average(model: DeformVosModel, results: dict, runs: Sequence[str | Path]) -
         for name, value in model.state_dict().items():
             if value.is_floating_point():
                 value.lerp_(state[name], 1 / number)
-        known = {name: others[name] for name in ("steps", "clips", "minutes", "device") if name in others}
-        facts.append({**known, "minutes": round(others["minutes"], 1), "settings": _settings_of(others)})
+        known = {name: others[name] for name in ("steps", "clips", "device", "teacher") if name in others}
+        names = data if data is not None else data_names(others["config"])
+        known |= {"minutes": round(others["minutes"], 1), **({"data": names} if names else {})}
+        facts.append({**known, "settings": _settings_of(others)})
     return facts
 
 

@@ -133,7 +133,8 @@ class FileSource:
                 first_time = seconds if first_time is None else first_time
                 image = _turn_upright(_to_rgb(decoded), matrix)
                 yield VideoFrame(index, image, seconds - first_time, None, time.perf_counter() - started)
-                index, end = index + 1, seconds
+                # A stated duration counts to the end of the last frame, which at a slow rate is shown for long.
+                index, end = index + 1, seconds + float((decoded.duration or 0) * (decoded.time_base or 0))
                 started = time.perf_counter()
             self.truncated = self.truncated or _ends_early(stream, end)
         finally:
@@ -219,7 +220,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
             if image.has_transparency_data:
                 return _over_black(np.asarray(image.convert("RGBA")))
             return np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise VideoError(f"{path} is not an image that can be read ({error}); replace or remove it.") from error
 
 
@@ -283,10 +284,9 @@ def open_source(path: str, num_threads: int = 0) -> FileSource | FolderSource:
 def warn_of_damage(source: FileSource | FolderSource):
     """Say so, once it has been read, if frames of a video are missing."""
     if source.truncated or source.num_damaged:
-        logger.warning(
-            f"{source.name} is damaged: {source.num_damaged} packets did not decode"
-            + (", and it ends before its header says it should." if source.truncated else ".")
-        )
+        lost = f"{source.num_damaged} packets did not decode" if source.num_damaged else ""
+        early = "it ends before its header says it should" if source.truncated else ""
+        logger.warning(f"{source.name} is damaged: {', and '.join(filter(None, (lost, early)))}.")
 
 
 __all__ = [

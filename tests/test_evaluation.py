@@ -339,6 +339,13 @@ def test_youtube_vos_validation_has_first_masks_only(tmp_path):
 
 def test_youtube_vos_broken_copies_are_named(tmp_path):
     root = make_youtube_vos(tmp_path, complete=True)
+    mask = root / "valid" / "Annotations" / "aaa" / "00015.png"
+    mask.rename(tmp_path / "elsewhere.png")
+    with pytest.raises(
+        ValueError, match=r"'aaa' must have a mask for every frame .* lacks 1, the first being 00015.png"
+    ):
+        load_dataset_layout("youtubevos2019", root)
+    (tmp_path / "elsewhere.png").rename(mask)
     (root / "valid" / "JPEGImages" / "aaa" / "00015.jpg").unlink()
     with pytest.raises(ValueError, match=r"'aaa' must have every frame of meta.json: .* lacks 00015"):
         load_dataset_layout("youtubevos2019", root)
@@ -473,6 +480,21 @@ def test_resume_takes_up_whole_sequences_of_the_same_run(tmp_path, config):
     other = RunnerConfig(config.model, device="cpu", save_masks=str(out), resume=True, memory_interval=3)
     with pytest.raises(ValueError, match=r"was written with memory_interval None, got 3"):
         run(dataset, other)
+    # Of the same names and lengths, and yet other videos.
+    namesake = load_dataset_layout("davis2017", make_davis(tmp_path / "other", 2017, ["cat", "ant"], object_ids=(1,)))
+    assert all(entry.timing is not None for entry in run(namesake, resumed).results)
+
+
+def test_a_damaged_file_is_named(tmp_path, config):
+    dataset = load_dataset_layout("davis2017", make_davis(tmp_path, 2017, ["cat"]))
+    for part, name in (("JPEGImages", "00002.jpg"), ("Annotations", "00003.png")):
+        path = tmp_path / part / "480p" / "cat" / name
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2])
+        with pytest.raises(ValueError, match=rf"{path} cannot be read \(.*\); copy it again"):
+            run(dataset, config)
+        path.write_bytes(data)
+    assert run(dataset, config).results
 
 
 def test_without_resume_old_masks_do_not_survive(tmp_path, config):

@@ -192,6 +192,21 @@ def test_truncated_matroska(tmp_path):
     assert reader.truncated
 
 
+@pytest.mark.parametrize("suffix", [".mkv", ".webm"])
+def test_slow_matroska_is_whole(suffix, tmp_path):
+    path, codec = tmp_path / f"slow{suffix}", "ffv1" if suffix == ".mkv" else "libvpx-vp9"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=1)
+        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+        for t in range(4):
+            frame = av.VideoFrame.from_ndarray(make_frame(t), format="rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = t, Fraction(1, 1)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    reader = VideoReader(path)
+    assert len(list(reader)) == 4 and not reader.truncated
+
+
 def test_corrupt_bytes_in_the_middle(tmp_path):
     path = tmp_path / "clip.mp4"
     write_h264(path, num_frames=30)
@@ -408,6 +423,22 @@ def test_prefetch_raises_after_what_came_before_and_stops_its_thread():
     next(items)
     items.close()
     assert not any(thread.name == "deformvos-prefetch" for thread in threading.enumerate())
+
+
+def test_a_source_that_stalls_holds_nobody_up(monkeypatch):
+    monkeypatch.setattr("hf_deformvos.video.pipeline._PATIENCE_SECONDS", 0.2)
+    stalled, released = threading.Event(), threading.Event()
+
+    def produce():
+        yield 1
+        stalled.set()
+        released.wait(30)
+
+    items = prefetch(produce(), depth=1)
+    assert next(items) == 1 and stalled.wait(10)
+    items.close()
+    assert not released.is_set()
+    released.set()
 
 
 def test_worker_runs_in_order_and_reports_its_error():

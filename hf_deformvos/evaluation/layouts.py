@@ -19,6 +19,8 @@ logger = logging.get_logger(__name__)
 DATASETS = ("davis2016", "davis2017", "youtubevos2018", "youtubevos2019", "folder")
 YOUTUBE_VOS_SHORT_SIDE = 624
 """1.3 × 480: some videos of YouTube-VOS are larger, and methods are compared on frames of at most this short side."""
+# What Pillow raises for files that are cut or broken.
+_DAMAGE = (OSError, EOFError, Image.DecompressionBombError)
 _YOUTUBE_VOS_FOLDERS = {"val": "valid"}
 
 
@@ -133,6 +135,8 @@ def read_ids(path: str | os.PathLike, merge_channels: bool = False) -> np.ndarra
             return image_ids(image, str(path), merge_channels)
     except (Image.UnidentifiedImageError, SyntaxError) as error:
         raise ValueError(f"{path} must be an image file with a mask, got something else ({error}).") from error
+    except _DAMAGE as error:
+        raise _unreadable(path, error) from error
 
 
 def image_ids(image: Image.Image, label: str, merge_channels: bool = False) -> np.ndarray:
@@ -146,6 +150,24 @@ def image_ids(image: Image.Image, label: str, merge_channels: bool = False) -> n
     if pixels.dtype != np.uint8 and pixels.max(initial=0) > 255:
         raise ValueError(f"{label} must hold ids from 0 to 255, got {pixels.max()}.")
     return pixels.astype(np.uint8)
+
+
+def read_picture(path: str | os.PathLike) -> Image.Image:
+    """
+    Reads a frame as RGB.
+
+    Raises:
+        ValueError: If it is no image, or damaged.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (*_DAMAGE, SyntaxError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str | os.PathLike, error: Exception) -> ValueError:
+    return ValueError(f"{path} cannot be read ({error}); copy it again.")
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
@@ -340,7 +362,13 @@ def _youtube_vos_objects(
 ) -> tuple[TrackedObject, ...]:
     """Objects of a video, each from the first of its frames whose annotation shows it."""
     # The validation set has the annotations of first frames only, and these show the new object alone.
-    complete = all(frame in annotations for frame in sampled)
+    missing = [frame for frame in sampled if frame not in annotations]
+    firsts = {min(item["frames"]) for item in objects_meta.values() if item["frames"]}
+    if missing and annotations.keys() - firsts:
+        raise ValueError(
+            f"Video {video!r} must have a mask for every frame of meta.json or for objects' first ones alone: it "
+            f"lacks {len(missing)}, the first being {missing[0]}.png."
+        )
     shown: dict[str, set[int]] = {}
     objects = []
     for key, item in sorted(objects_meta.items(), key=lambda pair: int(pair[0])):
@@ -357,7 +385,7 @@ def _youtube_vos_objects(
             if listed:
                 logger.warning(f"Video {video}: no annotation shows object {key}; it is left out.")
             continue
-        scored = tuple(frame for frame in listed if frame > first) if complete else ()
+        scored = () if missing else tuple(frame for frame in listed if frame > first)
         objects.append(TrackedObject(int(key), first, scored, item.get("category")))
     return tuple(objects)
 

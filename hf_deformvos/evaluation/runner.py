@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -27,7 +28,7 @@ from ..inference import (
     size_option,
 )
 from ..video.writer import write_palette_png
-from .layouts import EvaluationDataset, EvaluationSequence, limit_short_side
+from .layouts import EvaluationDataset, EvaluationSequence, limit_short_side, read_picture
 from .macs import count_macs as counting_macs
 from .scoring import SequenceScore, SequenceScorer, map_in_processes, score_folder
 
@@ -264,8 +265,7 @@ class _Pictures(Sequence):
         return len(self._paths)
 
     def __getitem__(self, position: int) -> Image.Image:
-        with Image.open(self._paths[position]) as file:
-            return file.convert("RGB")
+        return read_picture(self._paths[position])
 
 
 class _FileFrame:
@@ -276,8 +276,7 @@ class _FileFrame:
         self.name, self.label = path.stem, str(path)
 
     def read_image(self) -> Image.Image:
-        with Image.open(self._path) as file:
-            return file.convert("RGB")
+        return read_picture(self._path)
 
     def read_given(self) -> tuple[list[int], np.ndarray] | None:
         ids = self._sequence.given_mask(self.name)
@@ -546,8 +545,9 @@ def _prepare_folder(dataset: EvaluationDataset, config: RunnerConfig, weights_sh
         "memory_interval": config.memory_interval,
         "overrides": config.overrides,
         "adaptation": asdict(config.adaptation) if config.adaptation else None,
-        "frames": {sequence.name: len(sequence.images) for sequence in dataset.sequences},
+        "frames": {sequence.name: _fingerprint(sequence) for sequence in dataset.sequences},
     }
+    identity = json.loads(json.dumps(identity))  # as it will be read again: JSON knows no tuples
     finished = _finished_sequences(dataset, folder, identity) if config.resume else set()
     for sequence in dataset.sequences:
         if sequence.name not in finished:
@@ -558,6 +558,14 @@ def _prepare_folder(dataset: EvaluationDataset, config: RunnerConfig, weights_sh
     identity["frames"] = previous.get("frames", {}) | identity["frames"]
     write_json(folder / RUN_FILE, identity)
     return finished
+
+
+def _fingerprint(sequence: EvaluationSequence) -> str:
+    """What tells a sequence from another of its name: its frames and given masks, by name and size."""
+    given = {item.first_frame for item in sequence.objects}
+    files = [*sequence.images, *(path for frame, path in sorted(sequence.annotations.items()) if frame in given)]
+    listed = "".join(f"{path.name} {path.stat().st_size if path.is_file() else 0}\n" for path in files)
+    return f"{len(sequence.images)} {sha256(listed.encode()).hexdigest()[:16]}"
 
 
 def _read_identity(folder: Path) -> dict:
@@ -584,7 +592,7 @@ def _finished_sequences(dataset: EvaluationDataset, folder: Path, identity: dict
     return {
         sequence.name
         for sequence in dataset.sequences
-        if previous["frames"].get(sequence.name) == len(sequence.images)
+        if previous["frames"].get(sequence.name) == identity["frames"][sequence.name]
         and all(mask_path(folder, sequence.name, frame).is_file() for frame in sequence.output_frames)
     }
 

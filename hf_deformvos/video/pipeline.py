@@ -5,6 +5,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 
+_PATIENCE_SECONDS = 2.0
+
+
 class _Channel:
     """
     A queue of at most `depth` items between two threads. Closing it wakes both sides: `put` then returns `False`,
@@ -89,7 +92,8 @@ def prefetch(items: Iterable, depth: int, drop_oldest: bool = False) -> Iterator
             yield item
     finally:
         channel.close(discard=True)
-        thread.join()
+        # A source that stalls (a pipe, a frozen camera) must not hold up whoever leaves; the thread ends with it.
+        thread.join(_PATIENCE_SECONDS)
     if failure:
         raise failure[0]
 

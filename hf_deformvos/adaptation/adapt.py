@@ -82,6 +82,14 @@ class AdaptationConfig:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"`{name}` must be a share between 0 and 1, got {getattr(self, name)}.")
 
+    def adapt_to_video(
+        self, model, processor, frames: Sequence[Image.Image | np.ndarray], masks: dict[int, np.ndarray], size: dict
+    ):
+        """[`adapt_to_video`] with these settings: what evaluation, which knows nothing of training, calls."""
+        from .round_trip import adapt_to_video
+
+        return adapt_to_video(model, processor, frames, masks, self, size)
+
 
 class Adaptation:
     """

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -33,16 +33,28 @@ from .macs import count_macs as counting_macs
 from .scoring import SequenceScore, SequenceScorer, map_in_processes, score_folder
 
 
-if TYPE_CHECKING:
-    from ..adaptation import AdaptationConfig
-
-
 logger = logging.get_logger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
 RUN_FILE = "run.json"
 # The first steps of a stream allocate and pick kernels; the median is taken after them.
 _WARM_UP_FRAMES = 5
+
+
+class Adapter(Protocol):
+    """
+    What adapts a model to given frames: a dataclass, whose values are recorded with the results.
+
+    Attributes:
+        check_frames (`int`): Frames of the video that it looks at beside those that are given.
+    """
+
+    check_frames: int
+
+    def adapt_to_video(
+        self, model, processor, frames: Sequence[Image.Image], masks: dict[int, np.ndarray], size: dict
+    ) -> tuple:
+        """A model that has learned the objects, and the share of that in it; see `hf_deformvos.adaptation`."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +70,9 @@ class RunnerConfig:
         short_side (`int`, *optional*): Short side of the network's input in pixels, instead of the processor's.
         memory_interval (`int`, *optional*): Instead of the configuration's.
         overrides (`dict`, *optional*): Values for other fields of the model's configuration, such as `use_offsets`.
-        adaptation ([`~hf_deformvos.adaptation.AdaptationConfig`], *optional*):
-            How a copy of the model is adapted to each sequence's first given masks, before it follows them. By
-            default it is not.
+        adaptation ([`Adapter`], *optional*):
+            Such as an [`~hf_deformvos.adaptation.AdaptationConfig`]: how a copy of the model is adapted to each
+            sequence's first given masks, before it follows them. By default it is not.
         save_masks (`str`, *optional*): Folder for palette PNGs, `<folder>/<sequence>/<frame>.png`.
         resume (`bool`, *optional*, defaults to `False`):
             Whether a sequence whose masks all lie in `save_masks`, of the same weights and settings, is not run again.
@@ -76,7 +88,7 @@ class RunnerConfig:
     short_side: int | None = None
     memory_interval: int | None = None
     overrides: dict = field(default_factory=dict)
-    adaptation: "AdaptationConfig | None" = None
+    adaptation: Adapter | None = None
     save_masks: str | None = None
     resume: bool = False
 
@@ -434,11 +446,8 @@ def load_runner(config: RunnerConfig, loader: Callable[[RunnerConfig], tuple] = 
     device, dtype = resolve_device(config.device), getattr(torch, config.dtype)
 
     def adapted(model, frames: Sequence[Image.Image], given: np.ndarray) -> tuple:
-        # It trains, and training evaluates.
-        from ..adaptation import adapt_to_video
-
         size = size_option(processor, config.short_side)
-        made, share = adapt_to_video(model, processor, frames, {0: given}, config.adaptation, size)
+        made, share = config.adaptation.adapt_to_video(model, processor, frames, {0: given}, size)
         return prepare_for_inference(made, config.dtype), share
 
     options = {"adapt": adapted} if config.adaptation else {}
@@ -680,6 +689,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 __all__ = [
+    "Adapter",
     "DTYPES",
     "EvaluationRun",
     "ModelFacts",

@@ -10,6 +10,7 @@ with a full memory bank; medians are reported.
 
 import argparse
 import json
+import shlex
 import statistics
 import time
 from pathlib import Path
@@ -89,6 +90,13 @@ def build_cases(arguments: argparse.Namespace) -> dict[str, Case]:
     }
 
 
+def command_of(arguments: argparse.Namespace) -> str:
+    """The command that measures this again; where its record lies is left out."""
+    names = ("threads", "frames", "short_side")
+    words = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(arguments, name)))]
+    return shlex.join(["python", "scripts/measure_budget.py", *words, *(["--variants"] if arguments.variants else [])])
+
+
 def main():
     """Measures and reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -114,9 +122,8 @@ def main():
         }
         print(f"{name:58s} {median * 1000:7.1f} ms  {rows[name]['gmacs']:6.2f} GMACs  {case.parameters / 1e6:.2f} M")
     if arguments.json:
-        options = " --variants" if arguments.variants else ""
         report = {
-            "command": f"python scripts/measure_budget.py{options}",
+            "command": command_of(arguments),
             "frame": FRAME,
             "hardware": describe_hardware(torch.device("cpu"), "float32, bfloat16", arguments.threads, 1),
             "cases": rows,

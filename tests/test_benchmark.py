@@ -190,8 +190,8 @@ def run(model_dir, *arguments) -> int:
     return main(["benchmark", "--model", model_dir, "--device", "cpu", "--threads", "1", *map(str, arguments)])
 
 
-def load_numbers():
-    spec = importlib.util.spec_from_file_location("update_numbers", ROOT / "scripts" / "update_numbers.py")
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -243,7 +243,7 @@ def test_records_become_tables(tmp_path, model_dir):
     record["peers"] = [{"size": [64, 96], "objects": 1, "rounds": 5, "models": models}]
     record["start"] = {"import_s": 1.0, "load_s": 0.5, "first_mask_s": 0.25, "total_s": 1.75, "runs": 3}
     (folder / "benchmark-fast.json").write_text(json.dumps(record))
-    numbers = load_numbers()
+    numbers = load_script("update_numbers")
     names = ("benchmark", "benchmark-fast.stages", "benchmark.peers", "benchmark-fast.start", "benchmark-gone")
     text = "\n".join(f"<!-- numbers:{name}:begin -->old<!-- numbers:{name}:end -->" for name in names)
     (tmp_path / "README.md").write_text(text)
@@ -316,6 +316,25 @@ def test_mistakes_in_what_is_asked(model_dir, capsys, arguments, message):
     assert run(model_dir, *arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message.replace("`dtype`", "dtype") in error
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_results_that_cannot_be_written_are_named_first(tmp_path, model_dir, capsys, monkeypatch, option):
+    monkeypatch.setattr(benchmark_run, "run_benchmark", lambda *args, **kwargs: pytest.fail("the work was begun"))
+    monkeypatch.setattr(plot, "check_plot", lambda path: None)
+    (tmp_path / "file").write_text("")
+    assert run(model_dir, option, tmp_path / "file" / "result.png") == 2
+    assert "result.png cannot be written" in capsys.readouterr().err
+
+
+def test_the_record_of_a_budget_names_all_that_was_chosen(tmp_path, monkeypatch):
+    budget = load_script("measure_budget")
+    monkeypatch.setattr(budget, "build_cases", lambda arguments: {})
+    path = tmp_path / "budget.json"
+    options = ["--threads", "1", "--frames", "3", "--short-side", "240", "--variants"]
+    monkeypatch.setattr(sys, "argv", ["measure_budget.py", *options, "--json", str(path)])
+    budget.main()
+    assert json.loads(path.read_text())["command"] == f"python scripts/measure_budget.py {' '.join(options)}"
 
 
 def test_a_plot_says_what_it_needs(tmp_path, monkeypatch):

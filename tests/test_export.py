@@ -751,6 +751,28 @@ def test_the_command_names_mistakes(onnx_dir, tiny_dir, tmp_path, capsys):
     assert (tmp_path / "full" / "thesis.txt").exists()
 
 
+def test_the_target_is_no_folder_that_one_is_in(tiny_dir, onnx_dir, tmp_path, monkeypatch):
+    export = shutil.copytree(onnx_dir, tmp_path / "export")
+    for folder, target in ((tmp_path / "empty", "."), (export / "sub", "..")):
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        with pytest.raises(ValueError, match=rf"{(folder / target).resolve()} holds the current folder; name"):
+            export_model(tiny_dir, target, overwrite=True)
+        assert folder.is_dir()
+
+
+def test_a_link_to_a_folder_stays_one(tiny_dir, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    monkeypatch.setattr(
+        exporting, "write_graph", lambda graph, folder, format: (folder / f"{graph.name}.onnx").touch()
+    )
+    out = export_model(tiny_dir, tmp_path / "link")
+    assert out == tmp_path / "link" and out.is_symlink()
+    assert (tmp_path / "empty" / "deformvos_onnx.py").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link"]
+
+
 def test_missing_packages_are_named(tiny_dir, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ValueError, match=r"needs onnxscript.*\[export\]"):

@@ -1,8 +1,10 @@
 """Publishing against a Hub on loopback: what is refused, what one commit holds, and how every fault ends."""
 
 import copy
+import errno
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -16,7 +18,7 @@ import pytest
 import torch
 from conftest import ROOT
 from hub_server import is_ref_name
-from huggingface_hub import constants
+from huggingface_hub import constants, metadata_load
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from synthetic import write_static_set
@@ -246,6 +248,7 @@ def test_a_release_that_computes_something_else_is_not_published(release, hub, m
         (["publish", ".", "--repo", REPO, "--revision", "bad branch"], "named as git allows"),
         (["publish", ".", "--repo", REPO, "--token-file", "nowhere"], "no such file"),
         (["publish-space", "no-such-folder", "--repo", REPO], "no folder"),
+        (["publish-space", str(ROOT / "demo"), "--repo", REPO, "--models", "name"], "named org/name, got 'name'"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
@@ -551,6 +554,35 @@ def test_somebody_elses_token(files, hub, waits):
     assert not hub.repos
 
 
+@pytest.mark.parametrize(
+    ("error", "is_local"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EACCES, "Permission denied", "/weights"), True),
+        (OSError(errno.ECONNRESET, "Connection reset by peer"), False),
+        (OSError(errno.ETIMEDOUT, "Connection timed out"), False),
+        (OSError(errno.ENETUNREACH, "Network is unreachable"), False),
+        (OSError("the download is too short"), False),
+    ],
+)
+def test_faults_of_this_machine_are_told_from_the_networks(error, is_local, files, hub, waits, monkeypatch):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(publishing_hub.HfApi, "create_commit", fail)
+    with pytest.raises(PublishError) as caught:
+        publish(files())
+    assert ("could not read or write a file" in str(caught.value)) == is_local
+    assert ("cannot be reached" in str(caught.value)) == (not is_local)
+    assert error.args[-1] in str(caught.value)
+    assert len(waits) == (0 if is_local else 3)
+
+
+def test_a_name_that_is_not_found_is_the_networks_fault():
+    error = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    assert "cannot be reached" in str(publishing_hub._Client(Target(REPO), "token")._failure(error))
+
+
 # Releases of runs
 
 
@@ -626,7 +658,7 @@ def test_a_release_of_several_runs_from_one_start(tmp_path, tiny_model, tiny_pro
             "weights_sha256": start,
             "settings": SETTINGS,
         }
-        config = {**SETTINGS, "student": str(tmp_path / "start"), "seed": clips}
+        config = {**SETTINGS, "student": str(tmp_path / "start"), "seed": clips, "davis_dirs": [f"/data/set-{clips}"]}
         results = {"steps": 1, "clips": clips, "minutes": 2.04, "parameters": 5, "device": "CPU", "config": config}
         (tmp_path / name / "all_results.json").write_text(json.dumps({**results, "initialised_from": origin}))
         return tmp_path / name
@@ -637,6 +669,7 @@ def test_a_release_of_several_runs_from_one_start(tmp_path, tiny_model, tiny_pro
     facts = release_run(runs[0], tmp_path / "out", blend=0.6, average=runs[1:])
     assert [run["clips"] for run in facts["averaged_with"]] == [20, 30]
     assert [run["settings"]["seed"] for run in facts["averaged_with"]] == [20, 30]
+    assert [facts["data"], *(run["data"] for run in facts["averaged_with"])] == [["set-10"], ["set-20"], ["set-30"]]
     first, *made, out = (
         load_file(folder / "model.safetensors") for folder in (tmp_path / "start", *runs, tmp_path / "out")
     )
@@ -646,6 +679,7 @@ def test_a_release_of_several_runs_from_one_start(tmp_path, tiny_model, tiny_pro
     card = " ".join(cards.render_card(tmp_path / "out", {}).split())
     assert "The last 3 runs started from the same weights" in card and "67 clips in 7 minutes" in card
     assert "60% are those of the last runs, the rest those that they started from" in card
+    assert all(f"| set-{clips} | - | not recorded |" in card for clips in (10, 20, 30))
     origin = describe_origin(str(tmp_path / "out"))
     assert total_clips(100, origin) == 167
     other = write_run("other", 40, "1" * 64)
@@ -675,6 +709,18 @@ def space(tmp_path):
     (folder / "requirements.txt").write_text("numpy\n-e ..\nhf-deformvos[demo]\n")
     (folder / "assets" / "style.css").write_text("a {}")
     return folder
+
+
+@pytest.fixture
+def any_wheel(monkeypatch):
+    """A wheel is there at once, and holds nothing."""
+
+    def build(destination):
+        path = destination / "hf_deformvos-0.2.0-py3-none-any.whl"
+        path.write_bytes(b"wheel")
+        return path
+
+    monkeypatch.setattr(publishing_space, "build_wheel", build)
 
 
 def test_a_space_runs_outside_the_checkout(space, hub, waits, tmp_path, capsys):
@@ -721,13 +767,7 @@ def test_a_space_runs_outside_the_checkout(space, hub, waits, tmp_path, capsys):
     assert place.startswith(str(venv)) and has_templates == "True" and config == "DeformVosConfig"
 
 
-def test_an_old_wheel_goes(space, hub, waits, monkeypatch):
-    def wheel(destination):
-        path = destination / "hf_deformvos-0.2.0-py3-none-any.whl"
-        path.write_bytes(b"wheel")
-        return path
-
-    monkeypatch.setattr(publishing_space, "build_wheel", wheel)
+def test_an_old_wheel_goes(space, hub, waits, any_wheel):
     publishing_space.publish_space(space, "org/demo")
     hub.api().upload_file(
         path_or_fileobj=b"x",
@@ -757,6 +797,7 @@ def test_a_wheel_holds_the_package_and_nothing_else(tmp_path):
         ("---\nsdk: [\n---\n", "no YAML"),
         ("---\ntitle: x\n---\n", "`sdk` in"),
         ("---\nsdk: docker\n---\n", "`sdk` in"),
+        ("---\nsdk: gradio\nmodels: org/name\n---\n", "`models` in .* must be a list of repositories"),
         ("---\nsdk: gradio\napp_file: main.py\n---\n", r"names main\.py, which is not in the folder"),
         ("---\nsdk: gradio\napp_file: ../app.py\n---\n", "not in the folder"),
     ],
@@ -778,6 +819,60 @@ def test_what_a_space_refuses(space, tmp_path):
     (space / "app.py").write_text("def")
     with pytest.raises(ValueError, match=r"app\.py is no Python program"):
         stage_space(space, tmp_path / "staging", "org/demo")
+
+
+@pytest.mark.parametrize("name", [".env", ".gradio/flagged/face.png", "assets/.ipynb_checkpoints/app.py"])
+def test_a_space_refuses_what_is_hidden(space, name):
+    (space / name).parent.mkdir(parents=True, exist_ok=True)
+    (space / name).write_text("")
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} \(hidden, or in a hidden folder\)\. Move them out"):
+        collect_space(space)
+
+
+def test_leftovers_of_tools_are_no_part_of_a_space(space):
+    for name in (".git", ".ruff_cache", "assets/__pycache__"):
+        (space / name).mkdir()
+        (space / name / "file.json").write_text("{}")
+    assert {path.name for path in collect_space(space)} == {"README.md", "app.py", "requirements.txt", "style.css"}
+
+
+@pytest.mark.parametrize(
+    ("options", "models"),
+    [
+        ([], ["org/deformvos-student", "org/deformvos-teacher"]),
+        (["--models", "you/small", "me/large"], ["you/small", "me/large"]),
+    ],
+)
+def test_the_demo_in_a_space_offers_models_that_can_be_published(
+    options, models, hub, waits, any_wheel, tmp_path, capsys
+):
+    command = ["publish-space", str(ROOT / "demo"), "--repo", "org/demo", *options]
+    assert main(command) == 0
+    assert f"takes its models from {', '.join(models)}" in capsys.readouterr().out
+    staged, original = tmp_path / "README.md", ROOT / "demo" / "README.md"
+    staged.write_bytes(hub.read("spaces/org/demo", "README.md"))
+    assert metadata_load(staged) == {**metadata_load(original), "models": models}
+    assert original.read_text().split("\n---\n")[1].strip() in staged.read_text()
+    assert main(command) == 0 and "nothing changed" in capsys.readouterr().out
+
+
+def test_a_space_without_models_names_none(space, any_wheel, tmp_path):
+    (tmp_path / "staging").mkdir()
+    stage_space(space, tmp_path / "staging", "org/demo")
+    assert "models" not in metadata_load(tmp_path / "staging" / "README.md")
+
+
+def test_a_space_with_a_gpu_gets_pytorch_for_it(any_wheel, tmp_path):
+    staged = {}
+    for gpu in (False, True):
+        folder = tmp_path / str(gpu)
+        folder.mkdir()
+        stage_space(ROOT / "demo", folder, "org/demo", gpu=gpu)
+        staged[gpu] = (folder / "requirements.txt").read_text().splitlines()
+    assert [line for line in staged[False] if line not in staged[True]] == [
+        "--extra-index-url https://download.pytorch.org/whl/cpu"
+    ]
+    assert [line for line in staged[False] if line in staged[True]] == staged[True]
 
 
 # Runs that publish what they made

@@ -113,10 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..benchmark.run import Plan, run_benchmark
     from ..evaluation.runner import write_json
 
-    if arguments.plot and "timing" in arguments.skip:
-        raise ValueError("--plot draws times, and --skip timing leaves them out: drop one of the two.")
-    if arguments.plot:
-        plot.check_plot(arguments.plot)
+    _check_results(arguments)
     config, preset = engine_config(arguments)
     plan = Plan(
         sizes=arguments.sizes,
@@ -143,6 +140,20 @@ def run(arguments: argparse.Namespace) -> int:
         plot.draw(result, arguments.plot)
         print(f"wrote {arguments.plot}")
     return 0
+
+
+def _check_results(arguments: argparse.Namespace) -> None:
+    """An error, before the work, if a file that is asked for cannot be drawn or written."""
+    from ..benchmark.plot import check_plot
+    from ..evaluation.runner import check_writable
+
+    if arguments.plot and "timing" in arguments.skip:
+        raise ValueError("--plot draws times, and --skip timing leaves them out: drop one of the two.")
+    if arguments.plot:
+        check_plot(arguments.plot)
+        check_writable(arguments.plot)
+    if arguments.json:
+        check_writable(arguments.json)
 
 
 def command_of(arguments: argparse.Namespace) -> str:

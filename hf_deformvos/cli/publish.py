@@ -11,7 +11,7 @@ clean process and compared. It is one commit or none; nothing is committed if th
 a card that was edited on the Hub, or has scores where the new one has none, is not overwritten."""
 _SPACE = """\
 Publish a demo's folder as a Space: its files, a wheel of this package built from the checkout, and a requirements.txt
-that installs it. One commit or none, as with `deformvos publish`."""
+that installs it, with the models that --models names. One commit or none, as with `deformvos publish`."""
 
 
 def add_parser(subparsers) -> None:
@@ -42,6 +42,17 @@ def add_parser(subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     space.add_argument("folder", nargs="?", default="demo", metavar="DEMO_FOLDER", help="the demo (default demo)")
+    space.add_argument(
+        "--models",
+        nargs="+",
+        metavar="REPO",
+        help="models that the app offers (default: those that the front matter of its README.md names, at ORG)",
+    )
+    space.add_argument(
+        "--gpu",
+        action="store_true",
+        help="the Space has a GPU: leave PyTorch's index for processors out of requirements.txt",
+    )
     space.set_defaults(run=run_publish_space)
     for parser in (model, space):
         parser.add_argument("--repo", required=True, metavar="ORG/NAME", help="the repository, made if missing")
@@ -84,8 +95,15 @@ def run_publish_space(arguments: argparse.Namespace) -> int:
     """Runs `publish-space`."""
     from ..publishing.space import publish_space
 
-    token = read_token(arguments.token_file)
-    result = publish_space(arguments.folder, arguments.repo, token, arguments.force, arguments.dry_run)
+    result = publish_space(
+        arguments.folder,
+        arguments.repo,
+        token=read_token(arguments.token_file),
+        force=arguments.force,
+        dry_run=arguments.dry_run,
+        models=arguments.models,
+        gpu=arguments.gpu,
+    )
     return report(result, arguments.dry_run)
 
 

@@ -59,8 +59,8 @@ def export_model(
         `Path`: the folder.
 
     Raises:
-        ValueError: if an option is unknown or does not fit the others, `out` holds something, the model is an export
-            itself, or packages of the extra `export` are missing.
+        ValueError: if an option is unknown or does not fit the others, `out` holds something or is the current folder,
+            the model is an export itself, or packages of the extra `export` are missing.
         OSError: if there is no such model.
     """
     _check_options(format, dtype, calibration)
@@ -68,15 +68,15 @@ def export_model(
         from .quantization import check_calibration, quantize
 
         check_calibration(calibration)
-    out = Path(out)
-    _check_target(out, overwrite)
+    target = Path(out).resolve()  # not a link, which cannot be replaced by a folder
+    _check_target(target, overwrite)
     loaded, _ = load_for_inference(str(model), device="cpu")
     if not isinstance(loaded, DeformVosModel):
         raise ValueError(f"{model} is an exported model itself; export the model that it was made from.")
     processor = AutoProcessor.from_pretrained(str(model))
-    out.parent.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     # Written beside the target and moved there: what is under the name is whole.
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         part = Path(folder, "export")
         part.mkdir()
         graphs = build_graphs(loaded)
@@ -91,10 +91,10 @@ def export_model(
             settings["quantization"] = quantize(part, calibration)
             write_settings(part, settings)
         _finish(part)
-        if out.exists():
-            shutil.rmtree(out)
-        part.rename(out)
-    return out
+        if target.exists():
+            shutil.rmtree(target)
+        part.rename(target)
+    return Path(out)
 
 
 def _check_options(format: str, dtype: str, calibration):
@@ -125,6 +125,10 @@ def _check_target(out: Path, overwrite: bool):
         return
     if not out.is_dir():
         raise ValueError(f"The target must be a folder, got {out}, which is a file.")
+    if Path.cwd().is_relative_to(out):
+        raise ValueError(
+            f"The target is replaced as a whole, and {out} holds the current folder; name a folder in it."
+        )
     if any(out.iterdir()):
         if not (out / onnx_session.SETTINGS_FILE).is_file():
             raise ValueError(f"{out} holds files that are no export; choose another folder.")

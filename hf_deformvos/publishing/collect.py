@@ -97,7 +97,7 @@ def collect_space(folder: str | Path) -> list[Path]:
         else:
             refused.append(f"{path.relative_to(folder)} ({reason})")
     if refused:
-        raise ValueError(f"{folder} holds files that are not published: {_listed(refused)}.")
+        raise ValueError(f"{folder} holds files that are not published: {_listed(refused)}. Move them out of it.")
     return files
 
 
@@ -149,8 +149,8 @@ def _refusal(path: Path, folder: Path) -> str | None:
         return "a pickle or another format that can carry code: weights are published as safetensors"
     if _STATES.fullmatch(path.name):
         return "a state of training"
-    if path.name.startswith("."):
-        return "hidden"
+    if any(part.startswith(".") for part in path.relative_to(folder).parts):
+        return "hidden, or in a hidden folder"
     if path.suffix not in (".safetensors", ".mp4") and _TOKEN.search(path.read_bytes()):
         return "it contains an access token"
     return None

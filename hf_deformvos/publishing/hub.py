@@ -9,8 +9,11 @@ differ and sending them again does not help, a second commit restores what was t
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
+import socket
+import ssl
 import tempfile
 import threading
 import time
@@ -45,6 +48,18 @@ _LONGEST_WAIT = 60
 _FIRST_ANSWER = 10  # seconds; the client itself waits for as long as the system does, for each address of the Hub
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 _CONFLICTS = {409, 412}
+# What the network does to a call, where Python has no ConnectionError or TimeoutError for it.
+_NETWORK_ERRORS = (HTTPError, ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
+_NETWORK_NUMBERS = {
+    errno.EADDRNOTAVAIL,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETRESET,
+    errno.ENETUNREACH,
+    errno.ENOBUFS,
+    errno.ENOTCONN,
+}
 _MAX_PLANS = 3
 _TOKENS = re.compile(r"\b(?:hf_|api_org_)\w{6,}")
 _QUERIES = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")
@@ -335,6 +350,8 @@ class _Client:
             reason = f"the Hub is in trouble ({status}): try again later"
         elif status is not None:
             reason = f"the Hub refused ({status})"
+        elif _is_local(error):
+            reason = "this machine could not read or write a file: look at its permissions and at the free space"
         else:
             reason = f"the Hub at {constants.ENDPOINT} cannot be reached, or the connection broke"
         return reason
@@ -579,9 +596,16 @@ def _status(error: Exception) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
+def _is_local(error: Exception) -> bool:
+    """Whether this machine's files are at fault, not the network: the system numbers the errors of both."""
+    if not isinstance(error, OSError) or isinstance(error, _NETWORK_ERRORS):
+        return False
+    return error.errno is not None and error.errno not in _NETWORK_NUMBERS
+
+
 def _is_transient(error: Exception) -> bool:
     """Whether the same call may work a little later."""
-    if isinstance(error, (LocalTokenNotFoundError, OfflineModeIsEnabled)):
+    if isinstance(error, (LocalTokenNotFoundError, OfflineModeIsEnabled)) or _is_local(error):
         return False
     if isinstance(error, HfHubHTTPError) or _status(error) is not None:
         return _status(error) in _TRANSIENT

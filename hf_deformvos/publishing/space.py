@@ -13,10 +13,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from huggingface_hub import constants
+from huggingface_hub import constants, metadata_save
 
 from . import cards
 from .collect import collect_space
@@ -26,6 +27,7 @@ from .hub import CARD, Published, Target, Upload, publish_files, require_token
 _SDKS = ("gradio", "streamlit")
 _WHEEL = re.compile(r"hf_deformvos-[\w.+-]+\.whl")
 _OWN_REQUIREMENT = re.compile(r"\s*(hf[-_.]deformvos\b|-e\s+\.|\.{1,2}/|\S*hf_deformvos-\S*\.whl)", re.IGNORECASE)
+_CPU_INDEX = re.compile(r"\s*(--(extra-)?index-url|-i)[\s=]\S*pytorch\.org/whl/cpu/?\s*(#.*)?")
 _BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
 
 
@@ -75,7 +77,8 @@ def read_settings(folder: Path) -> dict:
     The front matter of a Space's README.md.
 
     Raises:
-        ValueError: if there is none, `sdk` is not one that installs requirements.txt, or the app is missing.
+        ValueError: if there is none, `sdk` is not one that installs requirements.txt, `models` is no list of names, or
+            the app is missing.
     """
     readme = folder / CARD
     if not readme.is_file():
@@ -89,20 +92,48 @@ def read_settings(folder: Path) -> dict:
         raise ValueError(f"{readme} must begin with front matter between lines of `---`: sdk, app_file, title ...")
     if settings.get("sdk") not in _SDKS:
         raise ValueError(f"`sdk` in {readme} must be {' or '.join(_SDKS)}, got {settings.get('sdk')!r}.")
+    models = settings.get("models") or []
+    if not isinstance(models, list) or not all(isinstance(name, str) for name in models):
+        raise ValueError(f"`models` in {readme} must be a list of repositories, `- org/name` each, got {models!r}.")
     app = folder / str(settings.get("app_file", "app.py"))
     if not app.resolve().is_relative_to(folder.resolve()) or not app.is_file():
         raise ValueError(f"`app_file` in {readme} names {app.name}, which is not in the folder.")
     return settings
 
 
-def stage_space(folder: Path, staging: Path, repo_id: str) -> list[str]:
+def choose_models(settings: dict, repo_id: str, models: Sequence[str] | None = None) -> list[str]:
     """
-    Copy a Space's folder, with the wheel and a requirements.txt that installs it.
+    The repositories that a Space's front matter shall name.
+
+    Args:
+        settings (`dict`): the front matter as it is.
+        repo_id (`str`): the Space.
+        models (`Sequence[str]`, *optional*): the repositories; by default those of the front matter, at the Space's
+            owner.
+
+    Raises:
+        hub.PublishError: if one is not named `org/name`.
+    """
+    owner = repo_id.split("/")[0]
+    beside = [f"{owner}/{name.rsplit('/', 1)[-1]}" for name in settings.get("models") or []]
+    chosen = list(models or beside)
+    for name in chosen:
+        Target(name)  # checks the name
+    return chosen
+
+
+def stage_space(
+    folder: Path, staging: Path, repo_id: str, models: Sequence[str] | None = None, gpu: bool = False
+) -> list[str]:
+    """
+    Copy a Space's folder, with the models in its front matter, the wheel and a requirements.txt that installs it.
 
     Args:
         folder (`Path`): the demo; it stays as it is.
         staging (`Path`): an empty folder.
         repo_id (`str`): the Space, whose address the wheel will have.
+        models (`Sequence[str]`, *optional*): see [`choose_models`].
+        gpu (`bool`, defaults to `False`): leave out the index of PyTorch for processors, whose builds pip prefers.
 
     Returns:
         list of `str`: names of the files in `staging`, sorted.
@@ -120,20 +151,40 @@ def stage_space(folder: Path, staging: Path, repo_id: str) -> list[str]:
                 raise ValueError(f"{path} is no Python program: {error}") from error
         (staging / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, staging / name)
-    readme = staging / CARD
-    readme.write_text(cards.seal(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    _write_card(staging / CARD, repo_id, models)
     wheel = build_wheel(staging)
     requirements = staging / "requirements.txt"
-    lines = requirements.read_text(encoding="utf-8").splitlines() if requirements.is_file() else []
-    address = f"{constants.ENDPOINT}/spaces/{repo_id}/resolve/main/{wheel.name}"
-    lines = [line for line in lines if not _OWN_REQUIREMENT.match(line)]
-    lines += [f"hf-deformvos @ {address}#sha256={Upload.of(wheel.name, wheel).sha256}"]
-    requirements.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    _write_requirements(requirements, f"{constants.ENDPOINT}/spaces/{repo_id}/resolve/main/{wheel.name}", wheel, gpu)
     return sorted({*names, wheel.name, requirements.name})
 
 
+def _write_card(readme: Path, repo_id: str, models: Sequence[str] | None) -> None:
+    """Names the models in the front matter of a staged README.md, and seals it."""
+    settings = read_settings(readme.parent)
+    chosen = choose_models(settings, repo_id, models)
+    if chosen != (settings.get("models") or []):
+        metadata_save(readme, {**settings, "models": chosen})
+    readme.write_text(cards.seal(readme.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def _write_requirements(path: Path, address: str, wheel: Path, gpu: bool) -> None:
+    """Lets a staged requirements.txt install the wheel from its address, and PyTorch for what the Space has."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = [line for line in lines if not _OWN_REQUIREMENT.match(line)]
+    if gpu:
+        lines = [line for line in lines if not _CPU_INDEX.fullmatch(line)]
+    lines += [f"hf-deformvos @ {address}#sha256={Upload.of(wheel.name, wheel).sha256}"]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def publish_space(
-    folder: str | Path, repo_id: str, token: str | None = None, force: bool = False, dry_run: bool = False
+    folder: str | Path,
+    repo_id: str,
+    token: str | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    models: Sequence[str] | None = None,
+    gpu: bool = False,
 ) -> Published:
     """
     Publish a demo as a Space, in one commit.
@@ -144,6 +195,10 @@ def publish_space(
         token (`str`, *optional*): by default the one that is logged in.
         force (`bool`, defaults to `False`): overwrite a README.md that was edited on the Hub.
         dry_run (`bool`, defaults to `False`): do all but commit.
+        models (`Sequence[str]`, *optional*): repositories of the models that the app offers, for the front matter's
+            `models`; by default those that it names, at the owner of `repo_id`.
+        gpu (`bool`, defaults to `False`): whether the Space has a GPU: an index of PyTorch for processors in
+            requirements.txt is left out.
 
     Returns:
         [`hub.Published`]: what was done, or would be.
@@ -157,13 +212,14 @@ def publish_space(
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder.")
     settings = read_settings(folder)
+    models = choose_models(settings, repo_id, models)
     target = Target(repo_id, repo_type="space", space_sdk=settings["sdk"], must_be_public=True)
     if not dry_run:
         require_token(target, token)
     with tempfile.TemporaryDirectory() as temporary:
         staging = Path(temporary)
-        uploads = [Upload.of(name, staging / name) for name in stage_space(folder, staging, repo_id)]
-        return publish_files(
+        uploads = [Upload.of(name, staging / name) for name in stage_space(folder, staging, repo_id, models, gpu)]
+        published = publish_files(
             uploads,
             target,
             f"Publish {folder.resolve().name}",
@@ -172,6 +228,10 @@ def publish_space(
             force=force,
             dry_run=dry_run,
         )
+    if models:
+        note = f"the app takes its models from {', '.join(models)}: publish those that are not there yet"
+        published.plan.notes.append(note)
+    return published
 
 
-__all__ = ["build_wheel", "publish_space", "read_settings", "stage_space"]
+__all__ = ["build_wheel", "choose_models", "publish_space", "read_settings", "stage_space"]

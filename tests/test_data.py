@@ -1,6 +1,8 @@
 """Readers, the cache of decoded frames, clip samplers and the prefetcher, on data sets made here."""
 
+import errno
 import os
+import stat
 import subprocess
 import sys
 import threading
@@ -17,6 +19,8 @@ from hf_deformvos.data import (
     HELD_OUT_SEQUENCES,
     ClipSampler,
     ClipSpec,
+    FrameEntry,
+    FrameStore,
     Prefetcher,
     davis_sequences,
     list_davis,
@@ -93,6 +97,24 @@ def test_coloured_masks_are_refused_unless_merged(tmp_path):
         read_mask(tmp_path / "mask.png", merge=False)
 
 
+def test_ids_above_255_are_refused_unless_merged(tmp_path):
+    ids = np.array([[0, 1, 2], [300, 65535, 0]], np.uint16)
+    Image.fromarray(ids).save(tmp_path / "mask.png")
+    with pytest.raises(ValueError, match=r"mask\.png must hold ids from 0 to 255, got 65535"):
+        read_mask(tmp_path / "mask.png", merge=False)
+    assert np.array_equal(read_mask(tmp_path / "mask.png", merge=True), ids > 0)
+    Image.fromarray(np.where(ids > 255, 255, ids)).save(tmp_path / "mask.png")
+    assert read_mask(tmp_path / "mask.png", merge=False).tolist() == [[0, 1, 2], [255, 255, 0]]
+
+
+def test_masks_of_0_and_65535_are_one_object(tmp_path, options):
+    folder = write_static_set(tmp_path / "sets" / "deep", count=1)
+    _, ids = draw_scene(96, 120, {1: (8, 20, 48, 70)})
+    Image.fromarray(ids * np.uint16(65535)).save(folder / "masks" / "00000.png")
+    (store,) = load_static_sets(tmp_path / "sets", **options)
+    assert ids_of(store) == {1}
+
+
 def test_find_objects_leaves_out_background_and_void():
     mask = np.zeros((10, 12), np.uint8)
     mask[2:4, 3:7], mask[9, 11], mask[0] = 7, 2, 255
@@ -132,6 +154,23 @@ def test_held_out_sequences_are_left_out_by_default(tmp_path, options):
     assert list(load_davis(root, **options).sequences) == ["ant"]
     chosen = load_davis(root, sequences=["swing", "ant"], exclude=(), **options)
     assert list(chosen.sequences) == ["swing", "ant"]
+
+
+def test_held_out_sequences_that_are_asked_for_are_named(tmp_path, options, warnings_of_package):
+    root = write_davis(tmp_path / "davis", names=("ant", "swing"), frames=2)
+    assert list(load_davis(root, sequences=["ant", "swing"], **options).sequences) == ["ant"]
+    assert "swing left out, as `exclude` says" in warnings_of_package.text
+    assert "`exclude=()` takes them" in warnings_of_package.text
+    with pytest.raises(ValueError, match=r"No sequence is left of .*swing left out.*`exclude=\(\)` takes them"):
+        load_davis(root, sequences=["swing"], **options)
+
+
+def test_two_images_of_one_frame_are_refused(tmp_path, options):
+    root = write_davis(tmp_path / "davis", names=("ant",), frames=3)
+    folder = root / "JPEGImages" / "480p" / "ant"
+    Image.open(folder / "00001.jpg").save(folder / "00001.png")
+    with pytest.raises(ValueError, match=r"one file a frame, got 00001\.jpg and 00001\.png"):
+        load_davis(root, **options)
 
 
 def test_splits_are_read_in_both_notations(tmp_path):
@@ -214,6 +253,59 @@ def test_missing_masks_are_reported_by_name_or_refused(tmp_path, options, warnin
         load_davis(root, on_error="raise", **options)
 
 
+def test_masks_without_an_image_are_reported_by_name_or_refused(tmp_path, options, warnings_of_package):
+    root = write_davis(tmp_path / "davis", names=("ant",), frames=4)
+    (root / "JPEGImages" / "480p" / "ant" / "00003.jpg").unlink()
+    assert len(load_davis(root, **options)) == 3
+    assert "masks have no image: 00003.png" in warnings_of_package.text
+    with pytest.raises(ValueError, match=r"1 masks have no image: 00003\.png"):
+        list_davis(root, ["ant"], on_error="raise")
+
+
+def test_masks_of_another_shape_are_reported_or_refused(tmp_path, options, warnings_of_package):
+    folder = write_static_set(tmp_path / "sets" / "some")
+    path = folder / "masks" / "00001.png"
+    Image.open(path).transpose(Image.Transpose.ROTATE_90).save(path)
+    (store,) = load_static_sets(tmp_path / "sets", **options)
+    assert store.frame_names == ["00000", "00002"]
+    assert "the image is 120x96 and the mask 96x120" in warnings_of_package.text
+    with pytest.raises(ValueError, match=r"00001\.png: the image is 120x96 .* EXIF orientation"):
+        load_static_sets(tmp_path / "sets", on_error="raise", **options)
+    Image.new("L", (61, 48), 1).save(path)  # rounded by whoever made them smaller
+    assert len(load_static_sets(tmp_path / "sets", on_error="raise", **options)[0]) == 3
+
+
+def test_a_passing_error_stops_the_build_and_is_not_kept(tmp_path, options, monkeypatch):
+    root = write_davis(tmp_path / "davis", names=("ant",), frames=3)
+    genuine, failed = FrameEntry.read_image, []
+
+    def fails_once(self):
+        if self.name == "00001" and not failed:
+            failed.append(self.name)
+            raise OSError(errno.EIO, "Input/output error")
+        return genuine(self)
+
+    monkeypatch.setattr(FrameEntry, "read_image", fails_once)
+    with pytest.raises(OSError, match=r"Reading .*00001\.jpg .*Input/output error.*nothing was kept: try again"):
+        load_davis(root, **options)
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert len(load_davis(root, on_error="raise", **options)) == 3
+
+
+def test_numbered_errors_of_broken_files_do_not_stop_the_build(tmp_path, options, monkeypatch):
+    root = write_davis(tmp_path / "davis", names=("ant",), frames=2)
+    genuine = FrameEntry.read_image
+
+    def seeks_before_the_start(self):
+        if self.name == "00001":
+            with open(self.image, "rb") as file:
+                file.seek(-1)
+        return genuine(self)
+
+    monkeypatch.setattr(FrameEntry, "read_image", seeks_before_the_start)
+    assert load_davis(root, **options).frame_names == ["00000"]
+
+
 # ---- cache ----------------------------------------------------------------------------------------------------------
 
 
@@ -242,6 +334,16 @@ def test_a_cache_folder_without_its_description_is_rebuilt(tmp_path, options):
     (again,) = load_static_sets(tmp_path / "sets", **options)
     assert len(again) == 3
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [first.folder.name]
+
+
+def test_a_shared_cache_is_open_to_whom_the_umask_lets_in(tmp_path, options):
+    entries = list_davis(write_davis(tmp_path / "davis", names=("ant",), frames=1), ["ant"])
+    before = os.umask(0o027)
+    try:
+        store = FrameStore.build("ant", entries, 96, False, **options)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(store.folder.stat().st_mode) == 0o750
 
 
 def test_the_cache_folder_comes_from_the_environment(tmp_path, monkeypatch):

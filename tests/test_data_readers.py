@@ -415,6 +415,16 @@ def test_frames_are_consumed_as_they_are_decoded(tmp_path):
         FrameStore.build("one", iter(()), 16, False, tmp_path, show_progress_bar=False, fingerprint="b")
 
 
+def test_rows_whose_mask_has_another_shape_or_large_ids_are_named(tmp_path, options, no_cache, warnings_of_package):
+    rows = make_rows(["ant"])
+    rows[1]["mask"] = {"bytes": png(np.ones((160, 96), np.uint8)), "path": None}
+    rows[2]["mask"] = {"bytes": png(np.full((96, 160), 300, np.uint16)), "path": None}
+    path = write_parquet(tmp_path / "vos.parquet", rows)
+    assert load_hub_dataset(path, **options).frame_names == ["00000", "00006"]
+    assert "frame 2: the image is 160x96 and the mask 96x160" in warnings_of_package.text
+    assert "frame 4: the mask must hold ids from 0 to 255, got 300" in warnings_of_package.text
+
+
 def test_broken_rows_are_named_and_skipped_or_refused(tmp_path, options, no_cache, warnings_of_package):
     rows = make_rows()
     rows[1]["frame"] = {"bytes": rows[1]["frame"]["bytes"][:100], "path": None}
@@ -521,7 +531,7 @@ class _CountingFile(AbstractBufferedFile):
 
 
 def test_a_stream_transfers_what_it_needs_even_of_one_file(tmp_path, options, no_cache, monkeypatch):
-    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (288, 480, 3), dtype=np.uint8)
     rows = [{**row, "frame": {"bytes": png(noise), "path": None}} for row in make_rows("abcdefghijkl")]
     path = write_parquet(tmp_path / "vos.parquet", rows)
     fsspec.register_implementation("count", CountingFiles, clobber=True)

@@ -126,6 +126,15 @@ def test_shards_are_bounded_and_keep_sequences_whole(tmp_path, davis):
     assert one == again, "the same folder gives the same bytes"
 
 
+def test_files_of_an_earlier_export_go(tmp_path, davis):
+    export(davis, tmp_path / "set", shard_size=1)
+    assert len(list((tmp_path / "set" / "data").iterdir())) == 15
+    export(davis, tmp_path / "set", split="val")
+    names = sorted(path.name for path in (tmp_path / "set" / "data").iterdir())
+    assert names == [f"train-{number:05d}-of-00005.parquet" for number in range(5)] + ["val-00000-of-00001.parquet"]
+    assert len(list(open_hub_dataset(tmp_path / "set", "val").frames())) == 10
+
+
 def test_splits_and_sequences(tmp_path, davis):
     assert list(export(davis, tmp_path / "a", split="train").splits) == ["train"]
     assert export(davis, tmp_path / "b", sequences=["cat"]).splits["val"].sequences == 1
@@ -350,13 +359,33 @@ def test_mistakes_of_pushing_are_one_line(tmp_path, davis, capsys, words, messag
     assert not (tmp_path / "o").exists()
 
 
-@pytest.mark.parametrize("fault", ["truncated frame", "no image", "size", "colours", "empty", "no masks", "no folder"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "truncated frame",
+        "no frame",
+        "two frames",
+        "no image",
+        "size",
+        "colours",
+        "ids",
+        "empty",
+        "no masks",
+        "no folder",
+    ],
+)
 def test_broken_folders_are_one_line(tmp_path, davis, capsys, fault):
     frame, mask = davis / "JPEGImages/480p/bee/00002.jpg", davis / "Annotations/480p/bee/00002.png"
     message = str(mask)
     if fault == "truncated frame":
         frame.write_bytes(frame.read_bytes()[:400])
         message = str(frame)
+    elif fault == "no frame":
+        frame.unlink()
+        message = "'bee' must have a frame for every mask"
+    elif fault == "two frames":
+        Image.open(frame).save(frame.with_suffix(".png"))
+        message = "one file a frame, got 00002.jpg and 00002.png"
     elif fault == "no image":
         mask.write_text("ids")
     elif fault == "size":
@@ -365,6 +394,9 @@ def test_broken_folders_are_one_line(tmp_path, davis, capsys, fault):
     elif fault == "colours":
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 160, 3), np.uint8)).save(mask)
         message = "ids as palette entries or grays, got colours"
+    elif fault == "ids":
+        Image.fromarray(np.full((96, 160), 300, np.uint16)).save(mask)
+        message = "must hold ids from 0 to 255, got 300"
     elif fault == "empty":
         for path in mask.parent.iterdir():
             write_mask(path, np.zeros((96, 160), np.uint8))

@@ -15,8 +15,7 @@ from PIL import Image
 from .store import VOID, ArrayStore, FrameStore, ObjectBox
 
 
-VIDEO_MARGIN = 1.15
-STATIC_MARGIN = 1.25
+MARGIN = 1.25
 _MINIMUM_OBJECT_AREA = 200
 
 
@@ -47,8 +46,7 @@ class ClipSpec:
     @property
     def canvas(self) -> tuple[int, int]:
         """Size of the raw clips: the output and a margin that warps may reach into."""
-        margin = max(VIDEO_MARGIN, STATIC_MARGIN)
-        return round(self.size[0] * margin), round(self.size[1] * margin)
+        return round(self.size[0] * MARGIN), round(self.size[1] * MARGIN)
 
 
 @dataclass

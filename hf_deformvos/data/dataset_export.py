@@ -21,9 +21,9 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from .davis import davis_sequences, frame_folders, is_one_object
-from .folders import image_files, read_split, subfolder_names
+from .folders import image_files, masks_by_frame, read_split, subfolder_names
 from .hub_dataset import import_datasets
-from .store import READ_ERRORS, VOID, FrameEntry, mask_ids
+from .store import READ_ERRORS, VOID, FrameEntry, mask_ids, mask_values
 
 
 if TYPE_CHECKING:
@@ -85,7 +85,8 @@ def export_davis(
     show_progress_bar: bool = True,
 ) -> ExportedDataset:
     """
-    Writes `<folder>/data/<split>-00000-of-00001.parquet` and so on. The same input gives the same bytes.
+    Writes `<folder>/data/<split>-00000-of-00001.parquet` and so on, in place of such files of the same split. The same
+    input gives the same bytes.
 
     Rows of a sequence are neighbours, in order of time, and in one file unless the sequence alone is larger than
     `shard_size`. Every frame of the folder is a row; where it has no mask, the row's is null.
@@ -103,7 +104,7 @@ def export_davis(
 
     Raises:
         ValueError: If `datasets` is not installed, an argument is out of its range, the folder lacks what it must
-            have, or a file cannot be read or does not fit its mask.
+            have, a file cannot be read or does not fit its mask, or a mask has no frame.
     """
     datasets = import_datasets()
     if short_side is not None and short_side < 1:
@@ -228,13 +229,16 @@ def _list_sequence(root: Path, name: str) -> list[_Item]:
     if min(numbers) < 0 or max(numbers) > _LARGEST_INDEX or numbers != sorted(set(numbers)):
         logger.warning(f"{images / name}: files are not named by numbers; frames are counted from 0.")
         numbers = list(range(len(frames)))
-    paths = [masks / name / f"{path.stem}.png" for path in frames]
-    items = [
-        _Item(frame, mask if mask.is_file() else None, number)
-        for frame, mask, number in zip(frames, paths, numbers, strict=True)
-    ]
+    found = masks_by_frame(masks / name)
+    items = [_Item(frame, found.get(frame.stem), number) for frame, number in zip(frames, numbers, strict=True)]
     if not any(item.mask for item in items):
         raise ValueError(f"Sequence {name!r} must have a mask named like a frame in {masks / name}; none is.")
+    lost = sorted(found.keys() - {frame.stem for frame in frames})
+    if lost:
+        raise ValueError(
+            f"Sequence {name!r} must have a frame for every mask: {images / name} lacks {len(lost)}, the first being "
+            f"{lost[0]}. Copy the data set again, or take the masks away."
+        )
     return items
 
 
@@ -273,17 +277,12 @@ def _open(path: Path) -> Image.Image:
 def _mask_values(path: Path, one_object: bool, size: tuple[int, int]) -> list[int]:
     """The values of a mask that must have a frame's size."""
     with _open(path) as image:
-        if not one_object:
-            mask = mask_ids(image, False, str(path))
-        else:
-            # Where any value is the object, so is any colour, but no alpha channel.
-            mask = np.asarray(image.convert("RGB") if image.mode in ("RGBA", "LA") else image).astype(int)
-            mask = mask.max(-1) if mask.ndim == 3 else mask
+        mask = mask_values(image, True, str(path)) if one_object else mask_ids(image, False, str(path))
     if mask.shape[::-1] != size:
         raise ValueError(
             f"{path} must have its frame's size {size[0]}x{size[1]}, got {mask.shape[1]}x{mask.shape[0]}."
         )
-    return np.unique(mask).tolist()
+    return np.unique(mask).astype(int).tolist()
 
 
 def _rows(sequence: _Sequence) -> Iterator[dict]:
@@ -371,9 +370,11 @@ class _Shards:
         self.num_rows += 1
 
     def finish(self) -> None:
-        """Writes what is left, and names the files by how many there are."""
+        """Writes what is left, and names the files by how many there are; those of an earlier export go."""
         self._flush()
         self._close()
+        for path in self._folder.glob(f"{self._split}-?????-of-?????.parquet"):
+            path.unlink()
         for number, part in enumerate(self._parts):
             os.replace(part, self._folder / f"{self._split}-{number:05d}-of-{len(self._parts):05d}.parquet")
 

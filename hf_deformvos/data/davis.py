@@ -7,8 +7,8 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from .folders import RESOLUTIONS, image_files, read_split, resolution_folder, subfolder_names
-from .store import READ_ERRORS, FrameEntry, FrameStore, read_mask, report_missing, uses_255
+from .folders import RESOLUTIONS, image_files, masks_by_frame, read_split, resolution_folder, subfolder_names
+from .store import FrameEntry, FrameStore, first_masks, report_missing, uses_255
 
 
 logger = logging.get_logger(__name__)
@@ -93,14 +93,16 @@ def list_davis(
     Args:
         root (`str` or `Path`): A DAVIS-layout folder.
         sequences (sequence of `str`): Which sequences.
-        on_error (`str`): `"skip"` reports and leaves out frames without a mask, `"raise"` refuses them.
+        on_error (`str`): `"skip"` reports and leaves out frames without a mask and masks without a frame, `"raise"`
+            refuses them.
         task, resolution (`str`, *optional*): See [`load_davis`].
 
     Returns:
         `list[FrameEntry]` in time order.
 
     Raises:
-        ValueError: If a sequence does not exist, or a mask is missing and `on_error` is `"raise"`.
+        ValueError: If a sequence does not exist, two images are the same frame, or a mask or an image is missing and
+            `on_error` is `"raise"`.
     """
     root = Path(root)
     images, masks = frame_folders(root, task, resolution)
@@ -108,9 +110,11 @@ def list_davis(
     for name in sequences:
         if not (images / name).is_dir() or not (masks / name).is_dir():
             raise ValueError(f"Sequence {name!r} must have a folder in {images} and in {masks}; one is missing.")
-        pairs = [(path, masks / name / f"{path.stem}.png") for path in image_files(images / name)]
-        report_missing(str(images / name), [path.name for path, mask in pairs if not mask.is_file()], on_error)
-        entries += [FrameEntry(name, path, mask) for path, mask in pairs if mask.is_file()]
+        frames, found = image_files(images / name), masks_by_frame(masks / name)
+        report_missing(str(images / name), [path.name for path in frames if path.stem not in found], on_error)
+        lost = sorted(found.keys() - {path.stem for path in frames})
+        report_missing(str(masks / name), [found[stem].name for stem in lost], on_error, "masks have no image")
+        entries += [FrameEntry(name, path, found[path.stem]) for path in frames if path.stem in found]
     return entries
 
 
@@ -140,7 +144,7 @@ def load_davis(
         split, year: See [`davis_sequences`]. Default the training list: published folders hold the validation
             sequences too. Every sequence where there is no such list.
         sequences (sequence of `str`, *optional*): Which sequences; default those of `split`.
-        exclude (sequence of `str`): Sequences to leave out.
+        exclude (sequence of `str`): Sequences to leave out, also of those in `sequences`; what is left out is logged.
         cache_dir, on_error, show_progress_bar: See [`FrameStore.build`].
         task (`str`, *optional*): `"semi-supervised"` (`Annotations`) or `"unsupervised"`
             (`Annotations_unsupervised`); default the first that there is.
@@ -152,8 +156,9 @@ def load_davis(
     """
     root = Path(root)
     names = list(sequences) if sequences is not None else _default_sequences(root, split, year, task)
-    names = [name for name in names if name not in set(exclude)]
-    entries = list_davis(root, names, on_error, task, resolution)
+    kept = [name for name in names if name not in set(exclude)]
+    _report_excluded(root, [name for name in names if name in set(exclude)], kept, asked=sequences is not None)
+    entries = list_davis(root, kept, on_error, task, resolution)
     return FrameStore.build(
         root.name,
         entries,
@@ -163,6 +168,19 @@ def load_davis(
         on_error=on_error,
         show_progress_bar=show_progress_bar,
     )
+
+
+def _report_excluded(root: Path, excluded: list[str], kept: list[str], asked: bool) -> None:
+    """Logs what `exclude` leaves out, as a warning where it was asked for by name; a `ValueError` if that is all."""
+    if not excluded:
+        return
+    message = (
+        f"{root}: {', '.join(excluded)} left out, as `exclude` says (default: the sequences that choices are made on, "
+        "which are not trained on); `exclude=()` takes them"
+    )
+    if not kept:
+        raise ValueError(f"No sequence is left of {message}.")
+    (logger.warning if asked else logger.info)(f"{message}.")
 
 
 def _default_sequences(root: Path, split: str | None, year: int | None, task: str | None) -> list[str]:
@@ -188,10 +206,4 @@ def is_one_object(root: Path, entries: list[FrameEntry]) -> bool:
     if any((sets / name).is_dir() for name in ("2016", *RESOLUTIONS)):
         return True
     firsts = {entry.sequence: entry.mask for entry in reversed(entries)}
-    masks = []
-    for path in list(firsts.values())[:8]:
-        try:
-            masks.append(read_mask(path, merge=False))
-        except READ_ERRORS:
-            continue  # reported when the set is decoded
-    return uses_255(masks)
+    return uses_255(first_masks(firsts.values()))

@@ -11,10 +11,28 @@ RESOLUTIONS = ("480p", "Full-Resolution", "1080p")
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Image files of a folder in order of time; the hidden files that macOS leaves are no images."""
-    files = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".")
+    """
+    Image files of a sequence's folder in order of time; the hidden files that macOS leaves are no images.
+
+    Raises:
+        ValueError: If two of them are called alike but for the suffix, and so are the same frame.
+    """
+    files = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."]
+    by_stem: dict[str, Path] = {}
+    for path in sorted(files):
+        if path.stem in by_stem:
+            raise ValueError(
+                f"{folder} must hold one file a frame, got {by_stem[path.stem].name} and {path.name}; take one away."
+            )
+        by_stem[path.stem] = path
     # frame9 comes before frame10, whether or not the numbers are padded.
     return sorted(files, key=lambda path: [part.zfill(12) for part in re.split(r"(\d+)", path.stem)])
+
+
+def masks_by_frame(folder: Path) -> dict[str, Path]:
+    """The PNGs of a folder by their frames' names."""
+    files = (path for path in sorted(folder.iterdir()) if path.suffix.lower() == ".png" and path.name[0] != ".")
+    return {path.stem: path for path in files if path.is_file()}
 
 
 def subfolder_names(folder: Path) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .folders import IMAGE_SUFFIXES
-from .store import READ_ERRORS, FrameEntry, FrameStore, read_mask, report_missing, uses_255
+from .store import FrameEntry, FrameStore, first_masks, report_missing, uses_255
 
 
 LAYOUTS = (
@@ -131,10 +131,4 @@ def _is_set(folder: Path) -> bool:
 
 def _mask_rule(entries: list[FrameEntry]) -> bool | str:
     """How to read a set's masks, going by the first: 255 is the object, by degrees, or void beside ids."""
-    masks = []
-    for entry in entries[:8]:
-        try:
-            masks.append(read_mask(entry.mask, merge=False))
-        except READ_ERRORS:
-            continue  # reported when the set is decoded
-    return "grays" if uses_255(masks) else False
+    return "grays" if uses_255(first_masks(entry.mask for entry in entries)) else False

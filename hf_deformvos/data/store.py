@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -26,6 +28,7 @@ VOID = 255
 _CACHE_FORMAT = 2
 # What Pillow raises for broken files, found by cutting files short and flipping their bytes.
 READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+_PROPORTION_TOLERANCE = 0.03
 
 
 class Frame(Protocol):
@@ -106,7 +109,7 @@ def report_missing(folder: str, names: list[str], on_error: str, what: str = "im
     listed = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
     message = f"{folder}: {len(names)} {what}: {listed}"
     if on_error == "raise":
-        raise ValueError(f"{message}; add the files, or let such images be skipped.")
+        raise ValueError(f"{message}; add the files, or let such frames be skipped.")
     logger.warning(f"{message}; they are left out.")
 
 
@@ -124,7 +127,8 @@ def read_mask(path: Path, merge: bool | str) -> np.ndarray:
         `np.ndarray` of shape `(height, width)`, uint8.
 
     Raises:
-        ValueError: If the file holds colours that are neither palette entries nor grays, and `merge` is false.
+        ValueError: If `merge` is false and the file holds colours that are neither palette entries nor grays, or ids
+            above 255.
     """
     with Image.open(path) as image:
         return mask_ids(image, merge, str(path))
@@ -132,20 +136,57 @@ def read_mask(path: Path, merge: bool | str) -> np.ndarray:
 
 def mask_ids(image: Image.Image, merge: bool | str, label: str) -> np.ndarray:
     """The ids of an opened mask, see [`read_mask`]; `label` names it in errors."""
-    if image.mode in ("P", "L", "1"):
-        mask = np.asarray(image)
-    elif not image.mode.startswith("RGB"):
-        mask = np.asarray(image.convert("L"))
-    else:
-        channels = np.asarray(image.convert("RGB"))
-        mask = channels.max(-1)
-        if not merge and (channels.min(-1) != mask).any():
-            raise ValueError(f"{label} must hold ids as palette entries or grays, got colours.")
+    values = mask_values(image, merge, label)
+    mask = _as_uint8(values)
     if not merge:
-        return np.ascontiguousarray(mask, dtype=np.uint8)
+        stray = values[(values < 0) | (values > VOID)]
+        if stray.size:
+            raise ValueError(f"{label} must hold ids from 0 to 255, got {stray.max()}; number its objects anew.")
+        return mask
     # Files hold 0/1 as often as 0/255: a threshold at 127 would turn the former into empty masks.
     threshold = 127 if merge == "grays" and mask.max() > 1 else 0
     return (mask > threshold).astype(np.uint8)
+
+
+def mask_values(image: Image.Image, merge: bool | str, label: str) -> np.ndarray:
+    """What an opened mask holds, `(height, width)`, in the file's own type; with `merge` also the most of colours."""
+    if image.mode in ("P", "L", "1") or image.mode.startswith(("I", "F")):
+        return np.asarray(image)
+    if not image.mode.startswith("RGB"):
+        return np.asarray(image.convert("L"))
+    channels = np.asarray(image.convert("RGB"))
+    values = channels.max(-1)
+    if not merge and (channels.min(-1) != values).any():
+        raise ValueError(f"{label} must hold ids as palette entries or grays, got colours.")
+    return values
+
+
+def _as_uint8(values: np.ndarray) -> np.ndarray:
+    """Values of masks, those of 16 and more bits clipped."""
+    return np.ascontiguousarray(values if values.itemsize == 1 else np.clip(values, 0, VOID), dtype=np.uint8)
+
+
+def first_masks(paths: Iterable[Path]) -> list[np.ndarray]:
+    """Values of the first few masks, for [`uses_255`]; broken ones are passed over, decoding reports them."""
+    masks = []
+    for path in islice(paths, 8):
+        try:
+            with Image.open(path) as image:
+                masks.append(_as_uint8(mask_values(image, False, str(path))))
+        except READ_ERRORS as error:
+            _refuse_passing(error, str(path))
+    return masks
+
+
+def _refuse_passing(error: Exception, label: str) -> None:
+    """Raises what may be over at the next try, such as an error of a network drive: that is no broken file."""
+    # Pillow's own errors have no number, but it may seek to places that a broken file names and no file has; and a
+    # file that is not there is missing, not out of reach.
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL, errno.ENOENT):
+        raise OSError(
+            f"Reading {label} failed: {error}. The system reports this, so the file need not be broken, and nothing "
+            "was kept: try again, and if it fails again, look at the drive and the file's permissions."
+        ) from error
 
 
 def uses_255(masks: Iterable[np.ndarray]) -> bool:
@@ -160,12 +201,23 @@ def uses_255(masks: Iterable[np.ndarray]) -> bool:
 def _read_entry(entry: Frame, short_side: int, merge: bool | str, upscale: bool) -> tuple[np.ndarray, np.ndarray]:
     """Decodes and resizes one frame and its mask."""
     image, mask = entry.read_image(), entry.read_mask(merge)
+    _check_proportions(image.size, mask.shape[::-1])
     scale = short_side / min(image.size)
     if scale < 1 or (upscale and scale > 1):
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.LANCZOS)
     if mask.shape[::-1] != image.size:
         mask = np.asarray(Image.fromarray(mask).resize(image.size, Image.NEAREST))
     return np.asarray(image), mask
+
+
+def _check_proportions(image: tuple[int, int], mask: tuple[int, int]) -> None:
+    """Refuses a mask that would have to be stretched onto its image; both are width and height."""
+    across, down = image[0] * mask[1], image[1] * mask[0]
+    if abs(across - down) > _PROPORTION_TOLERANCE * max(across, down):
+        raise ValueError(
+            f"the image is {image[0]}x{image[1]} and the mask {mask[0]}x{mask[1]}, whose proportions must agree to "
+            f"{_PROPORTION_TOLERANCE:.0%}; a usual cause is EXIF orientation: save the photo upright, without that tag"
+        )
 
 
 def find_objects(mask: np.ndarray) -> list[ObjectBox]:
@@ -277,8 +329,9 @@ class FrameStore:
                 needs, so a set passes through memory frame by frame.
 
         Raises:
-            ValueError: If there are no readable frames, `on_error` is unknown, or a file is broken and `on_error` is
-                `"raise"`.
+            ValueError: If there are no readable frames, `on_error` is unknown, or a file is broken or does not fit its
+                mask and `on_error` is `"raise"`.
+            OSError: If the system cannot read a file, whatever `on_error`: a later try may succeed.
         """
         if on_error not in ("skip", "raise"):
             raise ValueError(f'`on_error` must be "skip" or "raise", got {on_error!r}.')
@@ -293,7 +346,9 @@ class FrameStore:
             _report_unreadable(store, on_error)
             return store
         parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=parent))
+        # `mkdtemp` would close the store to everybody else who shares the cache.
+        temporary = parent / f".building-{uuid.uuid4().hex}"
+        temporary.mkdir()
         try:
             skipped: list[str] = []
             decoded = _decode(entries, short_side, merge, upscale, on_error, name, show_progress_bar, skipped)
@@ -366,6 +421,7 @@ def _decode(
             try:
                 image, mask = future.result()
             except READ_ERRORS as error:
+                _refuse_passing(error, entry.label)
                 skipped.append(f"{entry.label}: {error}")
                 if on_error == "raise":
                     raise ValueError(f"Data set {name!r}: cannot read {skipped[-1]}") from error

@@ -37,6 +37,8 @@ _OPEN_TOOL = """(tool, ...others) => {
 # Marking is done and shown in the order in which it was asked for: an answer out of its turn would put back what a
 # newer one has changed. Visitors wait for one another, but only for fractions of a second.
 _IN_TURN = {"concurrency_id": "marking", "concurrency_limit": 1}
+# Masks and record are written beside the marking, which must not wait for them: seconds where the video is long.
+_SAVING = {"concurrency_id": "saving", "concurrency_limit": 1, "trigger_mode": "always_last"}
 _TO_STEP = "() => {{ document.getElementById('step-{}').scrollIntoView({{behavior: 'smooth'}}); }}"
 
 
@@ -45,7 +47,7 @@ def build(workspaces: Workspaces) -> gr.Blocks:
     ui = SimpleNamespace()
     steps = Steps(ui, workspaces, Models())
     with gr.Blocks(title=page.TITLE, analytics_enabled=False, delete_cache=page.LEFT_OVER, fill_width=False) as demo:
-        ui.editing = gr.State(Editing())
+        ui.editing, ui.unsaved = gr.State(Editing()), gr.State("")
         gr.HTML(page.HEADER)
         _build_video(ui)
         _build_mark(ui)
@@ -224,15 +226,20 @@ def _closing_outputs(ui: SimpleNamespace) -> list:
 
 
 def _frame_outputs(ui: SimpleNamespace) -> list:
-    """What shows a frame in step 2, and is written anew after a correction."""
+    """What shows a frame in step 2."""
     texts = [ui.objects, ui.add, ui.marked, ui.start, ui.box_hint, ui.file_picture]
-    return [*texts, ui.box_picture, ui.editor, ui.resting, ui.get_masks, ui.get_record, *_closing_outputs(ui)]
+    return [*texts, ui.box_picture, ui.editor, ui.resting, ui.unsaved, *_closing_outputs(ui)]
+
+
+def _run_outputs(ui: SimpleNamespace) -> list:
+    """What shows how a run is getting on."""
+    return [ui.follow, ui.stop, ui.run_status, ui.live]
 
 
 def _connect_video(ui: SimpleNamespace, steps: Steps):
     quiet = _quiet(ui)
-    panels, running = _panels(ui), [ui.run_status, ui.live, ui.follow, ui.stop]
-    shown = [*running, ui.frame, ui.tools, ui.mask, ui.name, ui.named, *_frame_outputs(ui)]
+    panels = _panels(ui)
+    shown = [*_run_outputs(ui), ui.frame, ui.tools, ui.mask, ui.name, ui.named, *_frame_outputs(ui)]
     reading = {**quiet, "concurrency_id": "reading", "concurrency_limit": 2}
     uploaded = gr.on([ui.video.upload, ui.video.stop_recording], steps.hide_steps, None, panels, **quiet)
     chosen = ui.example.click(steps.hide_steps, None, panels, **quiet)
@@ -243,7 +250,7 @@ def _connect_video(ui: SimpleNamespace, steps: Steps):
         event.then(opening, inputs, [ui.video, ui.video_status], **reading).then(
             steps.show_video, ui.editing, shown, **quiet, **_IN_TURN
         )
-    ui.video.clear(steps.close_video, ui.editing, [ui.video_status, *panels, *running], **quiet)
+    ui.video.clear(steps.close_video, ui.editing, [ui.video_status, *panels, *_run_outputs(ui)], **quiet)
 
 
 def _connect_mark(ui: SimpleNamespace, steps: Steps):
@@ -252,14 +259,14 @@ def _connect_mark(ui: SimpleNamespace, steps: Steps):
     ui.frame.change(steps.go_to_frame, [ui.frame, *painted], frame, trigger_mode="always_last", **quiet).then(
         steps.settle, [ui.frame, ui.editing], frame, **quiet
     )
-    opened = [tab.select for tab in (ui.brush_tab, ui.box_tab, ui.file_tab)]
-    gr.on(opened, steps.use_tool, [ui.tool, *painted], frame, js=_OPEN_TOOL, trigger_mode="always_last", **quiet)
+    tabs = [tab.select for tab in (ui.brush_tab, ui.box_tab, ui.file_tab)]
+    gr.on(tabs, steps.use_tool, [ui.tool, *painted], frame, js=_OPEN_TOOL, trigger_mode="always_last", **quiet)
     # "multiple": by default, what is clicked or typed before the last answer has come is lost.
     chosen = [ui.objects, ui.name, ui.named, ui.editor]
     ui.objects.input(steps.choose_object, [ui.objects, ui.editing], chosen, trigger_mode="multiple", **quiet)
     ui.add.click(steps.add_object, ui.editing, [*chosen, ui.add], **quiet)
-    named, renamed = [ui.name, ui.named, ui.editing], [ui.objects, ui.marked, ui.plot]
-    renamed += [ui.get_masks, ui.get_record, *_closing_outputs(ui)]
+    named, renamed = [ui.name, ui.named, ui.editing], [ui.objects, ui.marked, ui.plot, ui.unsaved]
+    renamed += _closing_outputs(ui)
     gr.on([ui.name.blur, ui.name.submit], steps.rename_object, named, renamed, trigger_mode="multiple", **quiet)
     ui.clear.click(steps.clear_frame, ui.editing, frame, **quiet)
     corners = [ui.left, ui.top, ui.right, ui.bottom]
@@ -270,19 +277,20 @@ def _connect_mark(ui: SimpleNamespace, steps: Steps):
 
 def _connect_follow(ui: SimpleNamespace, steps: Steps):
     quiet = _quiet(ui)
-    running = [ui.follow, ui.stop, ui.run_status, ui.live]
+    running = [*_run_outputs(ui), *_closing_outputs(ui)]
     settings = [ui.model, ui.quality, ui.direction, ui.ticket, ui.editing]
-    result = [ui.player, ui.scrub, ui.scrubbed, ui.plot, ui.get_overlay, *_frame_outputs(ui)]
-    begun = [*running, ui.ticket, ui.editor, ui.resting, ui.marked, *_closing_outputs(ui)]
+    downloads = [ui.get_overlay, ui.get_masks, ui.get_record]
+    result = [ui.player, ui.scrub, ui.scrubbed, ui.plot, *downloads, *_frame_outputs(ui)]
+    begun = [*running, ui.ticket, ui.editor, ui.resting, ui.marked]
     followed = ui.follow.click(steps.begin, [ui.editor, ui.editing], begun, **quiet, **_IN_TURN).then(
         steps.run, settings, running, concurrency_id="model", concurrency_limit=CONCURRENCY, **quiet
     )
     # A run that waits for its turn is over when it is stopped, not when its turn comes.
-    stopped = ui.stop.click(steps.stop, ui.editing, [*running, *_closing_outputs(ui)], queue=False, **quiet)
+    stopped = ui.stop.click(steps.stop, ui.editing, running, queue=False, **quiet)
     for ended in (followed, stopped):
-        ended.then(steps.show_editor, ui.editing, [ui.editor, ui.resting], **quiet, **_IN_TURN).then(
-            steps.show_result, ui.editing, result, **quiet, **_IN_TURN
-        )
+        ended.then(
+            steps.show_editor, ui.editing, [ui.editor, ui.resting, ui.follow, ui.stop], **quiet, **_IN_TURN
+        ).then(steps.show_result, ui.editing, result, **quiet, **_IN_TURN)
 
 
 def _connect_result(ui: SimpleNamespace, steps: Steps):
@@ -293,6 +301,7 @@ def _connect_result(ui: SimpleNamespace, steps: Steps):
     ui.correct.click(steps.correct, [ui.scrub, ui.editor, ui.editing], marking, **quiet, **_IN_TURN).success(
         None, js=_TO_STEP.format(2)
     )
+    ui.unsaved.change(steps.save, ui.editing, [ui.get_masks, ui.get_record, *_closing_outputs(ui)], **quiet, **_SAVING)
 
 
 def _publish(ui: SimpleNamespace, steps: Steps):

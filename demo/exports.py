@@ -56,15 +56,16 @@ def write_overlay(workspace: Workspace, path: str | os.PathLike) -> Iterator[flo
 def write_masks_zip(workspace: Workspace, path: str | os.PathLike) -> None:
     """
     The masks as a zip of `masks/00000.png` and so on: palette PNG as DAVIS has them, the pixel value is the object.
+    Other work may go on; the zip is of one piece if `workspace.version` is the same in the end.
 
     Args:
         workspace ([`Workspace`]): with results; frames that have none are not in the zip.
         path (`str` or `os.PathLike`): the zip; an earlier one is replaced when the new one is complete.
 
     Raises:
-        DemoError: if there is no result yet, other work goes on, or the page is closed meanwhile.
+        DemoError: if there is no result yet, or results are cleared or the page is closed meanwhile.
     """
-    with workspace.busy("packing the masks"), _replacing(path) as part:
+    with _replacing(path) as part:
         # PNG is compressed already.
         with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
             for frame_idx in _done(workspace).tolist():
@@ -77,7 +78,8 @@ def write_masks_zip(workspace: Workspace, path: str | os.PathLike) -> None:
 
 def write_json(workspace: Workspace, path: str | os.PathLike, run_facts: dict) -> None:
     """
-    A record: the video, how it was followed, the objects, and area and box of each in every frame.
+    A record: the video, how it was followed, the objects, and area and box of each in every frame. Other work may go
+    on, as with `write_masks_zip`.
 
     Args:
         workspace ([`Workspace`]): with results.
@@ -85,9 +87,9 @@ def write_json(workspace: Workspace, path: str | os.PathLike, run_facts: dict) -
         run_facts (`dict`): what is known of the run (model, quality, speed ...), of what JSON can hold.
 
     Raises:
-        DemoError: if there is no result yet, other work goes on, or the page is closed meanwhile.
+        DemoError: if there is no result yet, or the page is closed meanwhile.
     """
-    with workspace.busy("writing the record"), _replacing(path) as part:
+    with _replacing(path) as part:
         done = _done(workspace).tolist()
         labels = workspace.labels()
         head = {

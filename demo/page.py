@@ -59,6 +59,7 @@ LOADING = "Getting ready …"
 LEARNING = "Learning your objects …"
 WRITING = "Writing the video …"
 STOPPED_EARLY = "Stopped before it began."
+NOT_SAVED = "Masks and record to download do not have your last change yet."
 GONE = "Nothing had happened here for a long time, so the server has removed your video. Upload it again to go on."
 UNEXPECTED = "Something went wrong here, and it has been noted. Try again; if it happens again, load the page anew."
 API_DESCRIPTION = """Follow the objects of a mask through a video, as the page does it.

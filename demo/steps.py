@@ -23,7 +23,7 @@ from following import Models, Progress, follow
 from gradio.utils import get_upload_folder
 from marking import box_to_mask, id_map_to_layer, layers_to_id_map, mask_file_to_id_map
 from stamps import NUMBERS, cornered, has_corners, read_stamp, stamped
-from workspace import LIMITS, PALETTE, DemoError, Workspace, Workspaces
+from workspace import LIMITS, PALETTE, DemoError, Workspace, Workspaces, on_disk
 
 
 logger = logging.getLogger(__name__)
@@ -132,11 +132,14 @@ class Steps:
 
     def _workspace(self, request: gr.Request, editing: Editing | None = None) -> Workspace:
         """The visitor's workspace; `VideoGone` if it was removed and what is being edited with it."""
-        workspace = self.workspaces.get(request.session_hash)
-        if editing is not None and editing.has_video and workspace.facts is None:
-            editing.begin_anew()
-            raise VideoGone(page.GONE)
-        return workspace
+        if editing is None or not editing.has_video:
+            return self.workspaces.get(request.session_hash)
+        with suppress(DemoError):  # somebody else has its place
+            workspace = self.workspaces.get(request.session_hash)
+            if workspace.facts is not None:
+                return workspace
+        editing.begin_anew()
+        raise VideoGone(page.GONE)
 
     def leave(self, request: gr.Request):
         """The page was closed or loaded anew, or the connection broke."""
@@ -181,6 +184,7 @@ class Steps:
                     share = min(done / expected, 1.0) if expected else None
                     yield {ui.video_status: page.progress_bar(share, f"Reading the video: {done}{of} frames")}
             editing.begin_anew(has_news=True, has_video=True)
+            workspace.waiting_since = None
             has_preview = mask is not None or workspace.is_playable
             workspace.source = path if mask is None and has_preview else None
             self._discard_uploads(workspace)
@@ -298,7 +302,7 @@ class Steps:
             ui.add: gr.update(interactive=len(editing.names) < LIMITS.max_objects),
             ui.marked: page.marked_table(workspace, editing.names, frame_idx, ids),
             ui.start: page.hint(f"Starts at {page.frame_label(workspace, frame_idx)}, the one shown above."),
-            **self._saved_anew(workspace, editing),
+            **self._unsaved(workspace, editing),
         }
         if editing.tool == "brush" and reload:
             image = workspace.frames[frame_idx]
@@ -440,7 +444,7 @@ class Steps:
             self.ui.objects: self._objects(editing),
             self.ui.marked: page.marked_table(workspace, editing.names, editing.frame, ids),
             self.ui.plot: self._plot(workspace),
-            **self._saved_anew(workspace, editing),
+            **self._unsaved(workspace, editing),
         }
 
     @guarded
@@ -532,7 +536,7 @@ class Steps:
             return {self.ui.run_status: page.alert(page.UNEXPECTED)}
         editing.is_running, editing.is_cancelled, editing.is_hidden = True, False, True
         editing.runs += 1
-        editing.waiting, editing.start = editing.runs, editing.frame
+        editing.waiting, editing.start, workspace.waiting_since = editing.runs, editing.frame, time.monotonic()
         return {
             self.ui.ticket: editing.runs,
             self.ui.follow: gr.update(interactive=False),
@@ -552,11 +556,14 @@ class Steps:
     def stop(self, editing: Editing, request: gr.Request) -> dict:
         """Ends the run; what is done stays. A run that waits for its turn is over at once, and never gets it."""
         editing.is_cancelled = True
-        if editing.waiting:
-            editing.waiting, editing.is_running = 0, False
-            return {**self._idle(), self.ui.run_status: page.note(page.STOPPED_EARLY), self.ui.live: ""}
-        self._workspace(request).stop.set()
-        return {self.ui.stop: gr.update(interactive=False)}
+        if not editing.is_running:  # the connection broke, and the run with it, or it has just ended
+            return {**self._idle(), self.ui.run_status: "", self.ui.live: ""}
+        workspace = self._workspace(request, editing)
+        if not editing.waiting:
+            workspace.stop.set()
+            return {self.ui.stop: gr.update(interactive=False)}
+        editing.waiting, editing.is_running, workspace.waiting_since = 0, False, None
+        return {**self._idle(), self.ui.run_status: page.note(page.STOPPED_EARLY), self.ui.live: ""}
 
     def run(
         self, model: str, quality: str, direction: str, ticket: float, editing: Editing, request: gr.Request
@@ -569,6 +576,7 @@ class Steps:
         editing.waiting, workspace = 0, None
         try:
             workspace, text, started = self._workspace(request, editing), page.STOPPED_EARLY, time.monotonic()
+            workspace.waiting_since = None
             for progress in follow(workspace, self.models, model, quality, editing.start, direction):
                 if editing.is_cancelled:  # it may have been before `follow` began to listen
                     workspace.stop.set()
@@ -584,6 +592,8 @@ class Steps:
                 yield from self._export(workspace, editing)
                 text = page.run_summary(editing.facts)
             yield {**self._idle(), self.ui.run_status: page.note(text)}
+        except VideoGone as error:
+            yield {**self._idle(), self.ui.run_status: "", self.ui.live: "", **self.close_steps(str(error))}
         except DemoError as error:
             gone = workspace is not None and workspace.is_closed  # the visitor took the video away, and knows
             yield {**self._idle(), self.ui.run_status: "" if gone else page.alert(str(error))}
@@ -600,10 +610,13 @@ class Steps:
     # 4 Result
 
     def show_editor(self, editing: Editing) -> dict:
-        """Puts the editor on the page again; a picture that came along with it would not be shown."""
+        """
+        Puts the editor on the page again; a picture that came along with it would not be shown. Frees the buttons as
+        well: a run that was broken off has not.
+        """
         if editing.is_running:
             return gr.skip()
-        return {self.ui.editor: gr.update(visible=True), self.ui.resting: ""}
+        return {self.ui.editor: gr.update(visible=True), self.ui.resting: "", **self._idle()}
 
     def _export(self, workspace: Workspace, editing: Editing) -> Iterator[dict]:
         """Writes the downloads; the earlier ones stay until all of the new ones are there."""
@@ -613,8 +626,9 @@ class Steps:
                 if time.monotonic() - told > _INTERVAL:
                     told = time.monotonic()
                     yield {self.ui.run_status: page.progress_bar(share, page.WRITING)}
-            write_masks_zip(workspace, paths[1])
-            write_json(workspace, paths[2], editing.facts)
+            with workspace.busy("packing the masks"):
+                write_masks_zip(workspace, paths[1])
+                write_json(workspace, paths[2], editing.facts)
         self._offer(editing, paths, saved)
         editing.has_news = True
 
@@ -632,34 +646,51 @@ class Steps:
                 path.unlink()
                 path.parent.rmdir()
 
-    def _saved_anew(self, workspace: Workspace, editing: Editing) -> dict:
+    def _unsaved(self, workspace: Workspace, editing: Editing) -> dict:
+        """Lets `save` be called, where a mark, a result or a name is another one since the downloads were written."""
+        state = self._state(workspace)
+        is_saved = state == editing.saved or not editing.downloads or not workspace.num_done
+        return {} if is_saved or editing.is_running else {self.ui.unsaved: repr(state)}
+
+    @guarded
+    def save(self, editing: Editing, request: gr.Request) -> dict:
         """
         Masks and record anew, where a mark, a result or a name is another one since they were written. The video stays
-        as it is: it takes as long as a run, and is written by the next one.
+        as it is: it takes as long as a run, and is written by the next one. Marking goes on meanwhile; what it changes
+        is saved after it.
         """
-        saved = self._state(workspace)
-        is_taken = editing.is_running or workspace.is_busy
-        if not editing.downloads or saved == editing.saved or is_taken or not workspace.num_done:
-            return {}
+        if not editing.downloads or editing.is_running:
+            return gr.skip()
+        workspace = self._workspace(request, editing)
+        earlier, saved = editing.downloads, self._state(workspace)
+        if saved == editing.saved or not workspace.num_done:
+            return gr.skip()
+
+        def is_current() -> bool:
+            return not editing.is_running and (editing.downloads, self._state(workspace)) == (earlier, saved)
+
         try:
             with _new_downloads(workspace) as (_, masks, record):
                 write_masks_zip(workspace, masks)
                 write_json(workspace, record, editing.facts)
-        except DemoError:
-            logger.exception("Downloads could not be written anew.")
-            return {}
-        self._offer(editing, (editing.downloads[0], masks, record), saved)
+                if not is_current():
+                    raise DemoError("There was another change meanwhile, which is saved after this one.")
+        except DemoError as error:
+            if is_current():
+                gr.Warning(f"{page.NOT_SAVED} {error}", title="Not yet")
+            return gr.skip()
+        self._offer(editing, (earlier[0], masks, record), saved)
         return {self.ui.get_masks: str(masks), self.ui.get_record: str(record)}
 
     @guarded
     def show_result(self, editing: Editing, request: gr.Request) -> dict:
         """Opens the last step after a run, and shows in step 2 what was found."""
-        workspace, ui = self._workspace(request, editing), self.ui
-        if editing.is_running:
+        has_result = editing.has_news and bool(editing.downloads)
+        if editing.is_running or not (has_result or editing.is_hidden):
             return gr.skip()
-        if not (editing.has_news and editing.downloads):
-            is_new = workspace.facts is not None and editing.is_hidden
-            return self._show_frame(workspace, editing) if is_new else gr.skip()
+        workspace, ui = self._workspace(request, editing), self.ui
+        if not has_result:
+            return self._show_frame(workspace, editing)
         editing.has_news = False
         shown = self._show_frame(workspace, editing)
         overlay, masks, record = map(str, editing.downloads)
@@ -769,10 +800,11 @@ def _new_downloads(workspace: Workspace) -> Iterator[tuple[Path, Path, Path]]:
     Where video, masks and record go; all or nothing. Never the same names again: browsers keep what they have seen.
     """
     folder = workspace.folder / "downloads" / secrets.token_hex(8)
-    folder.mkdir(parents=True)
     stem = Path(workspace.facts.name).stem[:60] or "video"
     try:
-        yield folder / f"{stem}_followed.mp4", folder / f"{stem}_masks.zip", folder / f"{stem}_results.json"
+        with on_disk():
+            folder.mkdir(parents=True)
+            yield folder / f"{stem}_followed.mp4", folder / f"{stem}_masks.zip", folder / f"{stem}_results.json"
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

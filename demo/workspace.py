@@ -49,6 +49,8 @@ _JPEG_QUALITY = 95
 _IDLE_WHEN_FULL = 300.0
 # Seconds after a page was closed in which what it had asked for may still arrive, and is no sign of life.
 _STRAGGLING = 10.0
+# Seconds for which a run that waits for its turn keeps its workspace: it may have been lost on the way.
+_LONGEST_WAIT = 6 * 3600.0
 # Free space is looked at once in so many frames.
 _DISK_INTERVAL = 50
 _FALLBACK_FPS = 25.0
@@ -177,7 +179,7 @@ class FrameFolder(Sequence):
             frame_idx += self._num_frames
         if not 0 <= frame_idx < self._num_frames:
             raise IndexError(f"There is no frame {frame_idx} in a video of {self._num_frames} frames.")
-        with _on_disk():
+        with on_disk():
             encoded = np.fromfile(self._folder / _frame_name(frame_idx), dtype=np.uint8)
         picture = cv2.imdecode(encoded, cv2.IMREAD_COLOR)
         return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
@@ -242,6 +244,7 @@ class Workspace:
 
     Attributes:
         has_left (`bool`): whether the page was closed, or seems so, since it was last seen.
+        waiting_since (`float`, *optional*): when the run that waits for its turn was asked for.
         source (`Path`, *optional*): the file that the video was uploaded as; the page plays it.
         uploads (`dict[Path, int]`): what the visitor sent and Gradio keeps, with each file's number on disk.
         version (`int`): grows with every change of marks and results.
@@ -256,6 +259,7 @@ class Workspace:
         self.stop = threading.Event()
         self.last_used = time.monotonic()
         self.has_left = False
+        self.waiting_since: float | None = None
         self.source: Path | None = None
         self.uploads: dict[Path, int] = {}
         self.version = 0
@@ -278,6 +282,12 @@ class Workspace:
     def is_busy(self) -> bool:
         """Whether something is being done."""
         return self._lock.locked()
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a run waits for its turn, and somebody for the run."""
+        since = self.waiting_since
+        return since is not None and not self.has_left and time.monotonic() - since < _LONGEST_WAIT
 
     @property
     def should_stop(self) -> bool:
@@ -343,7 +353,7 @@ class Workspace:
         folder = self.folder.with_name(self.folder.name.replace("video", "pictures"))
         encoded = cv2.imencode(suffix, cv2.cvtColor(image, _TO_BGR[image.shape[2]]))[1]
         path = folder / f"{secrets.token_hex(16)}{suffix}"
-        with _on_disk():
+        with on_disk():
             folder.mkdir(exist_ok=True)
             path.write_bytes(encoded)
         kept = self._pictures.setdefault(kind, [])
@@ -475,7 +485,7 @@ class Workspace:
             self.clear_marks(frame_idx)
             return
         name = mask_file_name(frame_idx)
-        with self._writing, _on_disk():
+        with self._writing, on_disk():
             if whole and has_result and not (video.found_folder / name).exists():
                 shutil.copyfile(video.masks_folder / name, video.found_folder / name)
             write_palette_png(video.marks_folder / name, ids, PALETTE)
@@ -518,6 +528,7 @@ class Workspace:
             return
         with self._writing:
             video.areas[frame_idx], video.areas[frame_idx, 0] = 0, -1
+            self.version += 1  # by the time that a file is missed, it is another version
             (video.masks_folder / mask_file_name(frame_idx)).unlink(missing_ok=True)
 
     def _checked(self, id_map: np.ndarray) -> np.ndarray:
@@ -541,7 +552,7 @@ class Workspace:
         video = self._need_frame(frame_idx)
         ids = self._checked(id_map)
         # A correction may come while a run writes the same frame.
-        with self._writing, _on_disk():
+        with self._writing, on_disk():
             write_palette_png(video.masks_folder / mask_file_name(frame_idx), ids)
             areas = np.bincount(ids.ravel(), minlength=video.areas.shape[1])
             for obj_id in np.flatnonzero(areas[1:]) + 1:
@@ -831,13 +842,14 @@ class Workspaces:
     def leave(self, key: str):
         """
         A session's page was closed, or its connection broke: nobody can tell which. Its workspace is closed after
-        `left_seconds`, unless the session is seen again, later than what was still on the way, or a run goes on.
+        `left_seconds`, unless the session is seen again, later than what was still on the way, or a run goes on; one
+        that waits for its turn is lost.
         """
         with self._lock:
             self._left_at[key] = time.monotonic()
             workspace = self._open.get(key)
         if workspace is not None:
-            workspace.has_left = True
+            workspace.has_left, workspace.waiting_since = True, None
             workspace.touch()
 
     def close(self, key: str):
@@ -850,7 +862,7 @@ class Workspaces:
     def sweep(self, is_full: bool = False):
         """
         Close what nobody has used for so long as the limits say, or for less if somebody else needs the room; a run
-        that goes on counts as use. Of what stays, keep the files.
+        that goes on, or waits for its turn, counts as use. Of what stays, keep the files.
         """
         now, limits = time.monotonic(), self.limits
         idle = min(_IDLE_WHEN_FULL, limits.idle_seconds) if is_full else limits.idle_seconds
@@ -859,7 +871,8 @@ class Workspaces:
             gone = [
                 self._open.pop(key)
                 for key, space in list(self._open.items())
-                if not space.is_busy and now - space.last_used > (left if space.has_left else idle)
+                if not (space.is_busy or space.is_waiting)
+                and now - space.last_used > (left if space.has_left else idle)
             ]
         self._close(gone)
         with self._lock:
@@ -942,7 +955,7 @@ def _is_running(process: int) -> bool:
 
 def check_disk(folder: Path, limits: Limits):
     """`DemoError` if less of the disk is free than has to stay so."""
-    with _on_disk():
+    with on_disk():
         free = shutil.disk_usage(folder).free
     if free < limits.min_free_disk:
         raise _disk_error()
@@ -953,7 +966,7 @@ def _frame_name(frame_idx: int) -> str:
 
 
 @contextmanager
-def _on_disk():
+def on_disk():
     """Turns what goes wrong with writing into a message."""
     try:
         yield
@@ -993,4 +1006,5 @@ __all__ = [
     "Workspaces",
     "duration_in_words",
     "new_root",
+    "on_disk",
 ]

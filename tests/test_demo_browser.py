@@ -193,6 +193,15 @@ def test_mask_file_to_downloads(visit, files, tmp_path):
     assert record["run"]["quality"] == "Fast" and record["run"]["frames"] == record["num_frames_done"] == 12
     assert record["frames"][5]["objects"]["2"]["area"] == int((masks[5] == 2).sum())
 
+    # What is renamed afterwards is in the record as soon as that has been written anew.
+    page.find("#name textarea").fill("Square")
+    page.find("#name textarea").press("Enter")
+    deadline = time.monotonic() + 30
+    while record["objects"][0]["name"] != "Square" and time.monotonic() < deadline:
+        page.page.wait_for_timeout(200)
+        record = read_json(page.download("get_record", tmp_path))
+    assert record["objects"][0]["name"] == "Square"
+
     with VideoReader(page.download("get_overlay", tmp_path)) as reader:
         frames = [frame.image for frame in reader]
     assert [frame.shape for frame in frames] == [(clips.HEIGHT, clips.WIDTH, 3)] * 12

@@ -804,7 +804,7 @@ def test_one_thing_at_a_time(loaded, tiny_clip, models, clip_file, tmp_path):
     for second in (
         lambda: list(follow(loaded, models, "Tiny", "Standard", 0)),
         lambda: list(loaded.import_video(clip_file)),
-        lambda: write_masks_zip(loaded, tmp_path / "a.zip"),
+        lambda: list(write_overlay(loaded, tmp_path / "a.mp4")),
         loaded.clear_results,
     ):
         with pytest.raises(DemoError, match="still following the objects"):
@@ -990,6 +990,24 @@ def test_the_registry(tmp_path):
         assert (busy.is_closed, idle.is_closed, len(spaces)) == (False, True, 1)
     spaces.close_all()
     assert not any(path.exists() for path in (busy.folder, idle.folder))
+
+
+def test_nobody_waits_for_ever(tmp_path):
+    spaces = Workspaces(tmp_path, Limits(min_free_disk=1))
+
+    def is_kept(since, leave=lambda key: None):
+        space = spaces.get("a")
+        space.waiting_since = time.monotonic() - since
+        leave("a")
+        space.last_used -= 10_000
+        spaces.sweep()
+        return not space.is_closed
+
+    assert is_kept(5 * 3600)
+    assert not is_kept(7 * 3600)  # it was lost on the way
+    assert not is_kept(0, spaces.leave)
+    assert not is_kept(0)  # it was still on the way
+    spaces.close_all()
 
 
 def test_what_was_still_on_the_way_is_no_sign_of_life(tmp_path):

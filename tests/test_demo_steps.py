@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 import zipfile
+from dataclasses import replace
 from types import SimpleNamespace
 
 import demo_clips as clips
@@ -153,22 +154,72 @@ def test_the_frame_that_was_shown_at_the_click_is_the_start(demo, upload):
 def test_downloads_follow_names_and_corrections(demo, upload):
     editing = followed(demo, upload())
     overlay, masks, record = editing.downloads
-    assert demo.rename_object("Left", 1, editing, VISITOR)["get_record"] != str(record)
+    demo.rename_object("Left", 1, editing, VISITOR)
+    assert editing.downloads == (overlay, masks, record)  # marking waits for no file
+    assert demo.save(editing, VISITOR)["get_record"] == str(editing.downloads[2]) != str(record)
     assert not masks.exists() and not record.exists() and overlay.exists()
     assert read_json(editing.downloads[2])["objects"][0]["name"] == "Left"
     assert read_json(editing.downloads[2])["run"]["frames"] == 6
     demo.go_to_frame(3, None, editing, VISITOR)
     found = demo.workspaces.get("a").mask(3)
-    box = demo.enter_box(*clips.boxes(0)[1], editing, VISITOR)
-    assert box["get_masks"] == str(editing.downloads[1])
+    demo.enter_box(*clips.boxes(0)[1], editing, VISITOR)
+    assert demo.save(editing, VISITOR)["get_masks"] == str(editing.downloads[1])
     assert read_json(editing.downloads[2])["mask_frames"] == [0, 3]
     demo.clear_frame(editing, VISITOR)
     assert np.array_equal(demo.workspaces.get("a").mask(3), found)
     demo.clear_frame(editing, VISITOR)
+    demo.save(editing, VISITOR)
     with zipfile.ZipFile(editing.downloads[1]) as archive:
         assert [int(name[6:11]) for name in archive.namelist()] == [0, 1, 2, 4, 5]
-    assert "get_masks" not in demo.go_to_frame(4, None, editing, VISITOR)  # nothing new
+    demo.go_to_frame(4, None, editing, VISITOR)
+    assert "get_masks" not in demo.save(editing, VISITOR)  # nothing new
     assert overlay.exists()
+
+
+@pytest.mark.parametrize("change", ["mark", "run", "video"])
+def test_what_changes_while_downloads_are_saved_is_saved_after_them(demo, upload, monkeypatch, change):
+    editing = followed(demo, upload())
+    earlier, write = editing.downloads, steps.write_json
+    demo.rename_object("Left", 1, editing, VISITOR)
+
+    def write_late(*args):
+        write(*args)
+        if change == "mark":
+            demo.enter_box(*clips.boxes(0)[1], editing, VISITOR)
+        elif change == "run":
+            assert demo.begin(None, editing, VISITOR)["ticket"] == 2
+        else:
+            list(demo.open_video(upload("next.mp4", 4), editing, VISITOR))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "write_json", write_late)
+        patch.setattr(gr, "Warning", lambda *args, **kwargs: pytest.fail("There is nothing to warn of."))
+        assert "get_masks" not in demo.save(editing, VISITOR)
+    assert editing.downloads == (() if change == "video" else earlier)
+    folders = list((demo.workspaces.get("a").folder / "downloads").iterdir())
+    assert folders == [earlier[0].parent]
+    assert ("get_masks" in demo.save(editing, VISITOR)) == (change == "mark")
+    if change == "run":
+        assert "6 frames in" in run(demo, editing)["run_status"]
+
+
+def test_a_disk_that_is_full_when_downloads_are_saved_is_told(demo, upload, monkeypatch):
+    editing, told = followed(demo, upload()), []
+    earlier = editing.downloads
+    demo.rename_object("Left", 1, editing, VISITOR)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "write_masks_zip", full)
+        patch.setattr(gr, "Warning", lambda text, title: told.append(text))
+        demo.save(editing, VISITOR)
+        demo.begin(None, editing, VISITOR)
+        assert "disk of this machine is full" in run(demo, editing)["run_status"]
+    assert len(told) == 1 and page.NOT_SAVED in told[0] and "disk of this machine is full" in told[0]
+    assert editing.downloads == earlier and all(path.exists() for path in earlier)
+    assert demo.save(editing, VISITOR)["get_masks"] == str(editing.downloads[1])
 
 
 def test_downloads_stay_until_the_next_ones_are_written(demo, upload, monkeypatch):
@@ -218,6 +269,49 @@ def test_leaving_for_a_moment_costs_nothing(demo, upload):
     assert is_idle(list(running)[-1])
     assert list(demo.workspaces.get("a").marks) == [0]
     assert demo.workspaces.get("a").num_done == 6
+
+
+def test_who_waits_for_a_run_keeps_the_video(demo, upload):
+    demo.workspaces.limits = replace(demo.workspaces.limits, max_workspaces=1)
+    editing = opened(demo, upload())
+    demo.begin(None, editing, VISITOR)
+    workspace = demo.workspaces.get("a")
+    workspace.last_used -= 10_000
+    demo.workspaces.sweep()
+    with pytest.raises(DemoError, match="Many people"):
+        demo.workspaces.get("b")
+    assert "6 frames in" in run(demo, editing)["run_status"]
+    assert not workspace.is_waiting
+    demo.begin(None, editing, VISITOR)
+    demo.stop(editing, VISITOR)
+    assert not workspace.is_waiting
+    demo.begin(None, editing, VISITOR)
+    list(demo.open_video(upload("next.mp4", 4), editing, VISITOR))
+    assert not workspace.is_waiting
+
+
+def test_who_leaves_while_a_run_waits_makes_room_and_is_told(demo, upload):
+    demo.workspaces.limits = replace(demo.workspaces.limits, max_workspaces=1)
+    editing = opened(demo, upload())
+    demo.begin(None, editing, VISITOR)
+    demo.leave(VISITOR)
+    demo.workspaces.get("a").last_used -= 1
+    demo.workspaces.get("b")
+    shown = run(demo, editing)
+    assert is_idle(shown) and page.GONE in shown["video_status"] and shown["run_status"] == ""
+    assert shown["follow_panel"]["visible"] is False and shown["follow_empty"]["visible"]
+
+
+def test_a_page_whose_connection_broke_during_a_run_can_go_on(demo, upload):
+    editing = opened(demo, upload())
+    running = demo.run("Tiny", "Fast", "both", demo.begin(None, editing, VISITOR)["ticket"], editing, VISITOR)
+    next(running)
+    running.close()
+    assert is_idle(demo.show_editor(editing))
+    stopped = demo.stop(editing, VISITOR)
+    assert is_idle(stopped) and stopped["run_status"] == stopped["live"] == ""
+    demo.begin(None, editing, VISITOR)
+    assert "6 frames in" in run(demo, editing)["run_status"]
 
 
 def test_uploads_are_kept_as_long_as_the_page_plays_them(demo, upload, tmp_path):

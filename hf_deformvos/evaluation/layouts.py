@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
-from ..data.folders import IMAGE_SUFFIXES, image_files, read_split, resolution_folder, subfolder_names
+from ..data.folders import IMAGE_SUFFIXES, image_files, masks_by_frame, read_split, resolution_folder, subfolder_names
 from ..data.store import VOID
 from ..data.youtube_vos import read_youtube_vos_meta
 
@@ -437,7 +437,7 @@ def _frames(folder: Path, max_frames: int | None = None, masks: Path | None = No
     frames = image_files(folder)
     if not frames:
         raise ValueError(f"{folder} must hold image files ({', '.join(IMAGE_SUFFIXES)}); there are none.")
-    lost = sorted(_masks_by_frame(masks).keys() - {path.stem for path in frames}) if masks else []
+    lost = sorted(_masks_of(masks).keys() - {path.stem for path in frames}) if masks else []
     if lost:
         raise ValueError(
             f"Sequence {folder.name!r} must have a frame for every mask: {folder} lacks {len(lost)}, the first being "
@@ -448,15 +448,15 @@ def _frames(folder: Path, max_frames: int | None = None, masks: Path | None = No
 
 def _annotations(folder: Path, frames: Iterable[Path]) -> dict[str, Path]:
     """The PNG of each frame that has one."""
-    existing = _masks_by_frame(folder)
+    existing = _masks_of(folder)
     return {frame.stem: existing[frame.stem] for frame in frames if frame.stem in existing}
 
 
-def _masks_by_frame(folder: Path) -> dict[str, Path]:
-    """The PNGs of a folder by their frames' names."""
+def _masks_of(folder: Path) -> dict[str, Path]:
+    """The masks of a sequence's folder by their frames' names."""
     if not folder.is_dir():
         raise ValueError(f"The data set needs the masks of {folder.name!r} in {folder}, which does not exist.")
-    return {path.stem: path for path in folder.iterdir() if path.suffix.lower() == ".png" and path.name[0] != "."}
+    return masks_by_frame(folder)
 
 
 def object_ids_of(ids: np.ndarray) -> list[int]:

@@ -62,7 +62,8 @@ class DeformVosProcessor(ProcessorMixin):
         Prepare one frame or several.
 
         Args:
-            images: a PIL image, a `(height, width, 3)` uint8 array, a tensor, or a list of them.
+            images: a frame as [`DeformVosImageProcessor`] describes it (a PIL image, or an array or tensor of one,
+                three or four channels), a batch, or a list of them.
 
         Returns:
             `BatchFeature` with `pixel_values` `(batch_size, 3, 16k+1, 16m+1)` and `original_sizes`, a list of

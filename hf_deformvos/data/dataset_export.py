@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from .davis import davis_sequences, frame_folders, is_one_object
-from .folders import image_files, masks_by_frame, read_split, subfolder_names
+from .folders import check_masks_have_frames, image_files, masks_by_frame, read_split, subfolder_names
 from .hub_dataset import import_datasets
 from .store import READ_ERRORS, VOID, FrameEntry, mask_ids, mask_values
 
@@ -233,12 +233,7 @@ def _list_sequence(root: Path, name: str) -> list[_Item]:
     items = [_Item(frame, found.get(frame.stem), number) for frame, number in zip(frames, numbers, strict=True)]
     if not any(item.mask for item in items):
         raise ValueError(f"Sequence {name!r} must have a mask named like a frame in {masks / name}; none is.")
-    lost = sorted(found.keys() - {frame.stem for frame in frames})
-    if lost:
-        raise ValueError(
-            f"Sequence {name!r} must have a frame for every mask: {images / name} lacks {len(lost)}, the first being "
-            f"{lost[0]}. Copy the data set again, or take the masks away."
-        )
+    check_masks_have_frames(images / name, frames, found)
     return items
 
 

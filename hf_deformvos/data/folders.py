@@ -35,6 +35,21 @@ def masks_by_frame(folder: Path) -> dict[str, Path]:
     return {path.stem: path for path in files if path.is_file()}
 
 
+def check_masks_have_frames(folder: Path, frames: list[Path], masks: dict[str, Path]) -> None:
+    """
+    Looks for a frame for every mask of a sequence.
+
+    Raises:
+        ValueError: If there is none for some; the message names the first.
+    """
+    lost = sorted(masks.keys() - {path.stem for path in frames})
+    if lost:
+        raise ValueError(
+            f"Sequence {folder.name!r} must have a frame for every mask: {folder} lacks {len(lost)}, the first being "
+            f"{lost[0]}. Copy the data set again, or take the masks away."
+        )
+
+
 def subfolder_names(folder: Path) -> list[str]:
     """Names of the folders in a folder, sorted."""
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")

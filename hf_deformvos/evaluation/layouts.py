@@ -9,7 +9,15 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
-from ..data.folders import IMAGE_SUFFIXES, image_files, masks_by_frame, read_split, resolution_folder, subfolder_names
+from ..data.folders import (
+    IMAGE_SUFFIXES,
+    check_masks_have_frames,
+    image_files,
+    masks_by_frame,
+    read_split,
+    resolution_folder,
+    subfolder_names,
+)
 from ..data.store import VOID
 from ..data.youtube_vos import read_youtube_vos_meta
 
@@ -437,12 +445,8 @@ def _frames(folder: Path, max_frames: int | None = None, masks: Path | None = No
     frames = image_files(folder)
     if not frames:
         raise ValueError(f"{folder} must hold image files ({', '.join(IMAGE_SUFFIXES)}); there are none.")
-    lost = sorted(_masks_of(masks).keys() - {path.stem for path in frames}) if masks else []
-    if lost:
-        raise ValueError(
-            f"Sequence {folder.name!r} must have a frame for every mask: {folder} lacks {len(lost)}, the first being "
-            f"{lost[0]}. Copy the data set again, or take the masks away."
-        )
+    if masks:
+        check_masks_have_frames(folder, frames, _masks_of(masks))
     return tuple(frames[:max_frames])
 
 

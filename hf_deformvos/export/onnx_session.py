@@ -1334,6 +1334,8 @@ def _at_size(given: dict[int, np.ndarray], size: tuple[int, int]) -> dict[int, n
     The given masks at network size, without overlaps: a pixel goes to the object that was given last, or to one that
     is so small that no pixel is nearest to it.
     """
+    if not given:
+        return {}
     resized = {obj_id: resize_nearest(mask, size) for obj_id, mask in given.items()}
     small = {obj_id for obj_id, mask in given.items() if mask.any() and not resized[obj_id].any()}
     taken = np.zeros(size, dtype=bool)

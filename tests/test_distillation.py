@@ -5,6 +5,7 @@ processes. The losses themselves are tested in test_distillation_losses.py.
 
 import copy
 import dataclasses
+import hashlib
 import json
 import os
 import random
@@ -348,6 +349,12 @@ def test_the_origin_of_weights_is_carried_along(tmp_path):
     assert total_clips(3, origin) == 63
     assert lineage(settings(tmp_path)) == {}
     assert lineage(settings(tmp_path, init_from=str(first)))["initialised_from"]["clips"] == 40
+    (tmp_path / "backbone.safetensors").write_bytes(b"weights")
+    backbone = {"name": "backbone.safetensors", "sha256": hashlib.sha256(b"weights").hexdigest()}
+    assert lineage(settings(tmp_path, init_backbone=str(tmp_path / "backbone.safetensors"))) == {"backbone": backbone}
+    (first / "all_results.json").write_text(json.dumps({"steps": 1, "backbone": backbone}))
+    (first / "training.json").unlink()
+    assert describe_origin(str(first))["backbone"] == backbone
 
 
 def test_results_state_the_lineage(tmp_path):

@@ -139,7 +139,7 @@ def _context(facts: dict, config: dict, provenance: dict, folder: Path, records:
     """What the template names."""
     runs = runs_of(facts)
     data = sorted({name for run in runs for name in run.get("data", [])})
-    backbone = provenance["backbones"].get(config.get("backbone"), {})
+    kind = provenance["kinds"].get(config.get("backbone"), "")
     name = repo_id.split("/")[-1] if repo_id else folder.resolve().name
     metadata = _metadata(facts, provenance, data, records, name)
     own = facts["settings"]
@@ -147,8 +147,8 @@ def _context(facts: dict, config: dict, provenance: dict, folder: Path, records:
     has_features = any(run["settings"].get("supervision") == "features" for run in runs)
     return {
         "metadata": metadata.to_yaml(line_break="\n").strip(),
-        "title": f"DeformVOS {backbone['kind']}" if backbone else name,
-        "kind": backbone.get("kind", ""),
+        "title": f"DeformVOS {kind}" if kind else name,
+        "kind": kind,
         "picture": next((picture for picture in _PICTURES if (folder / picture).is_file()), None),
         "published": repo_id is not None,
         "install": _INSTALL,
@@ -171,7 +171,7 @@ def _context(facts: dict, config: dict, provenance: dict, folder: Path, records:
         "has_pastes": any(_pastes(run["settings"]) for run in runs),
         "saw_rendered": "rendered" in data,
         "small_data": bool(data) and set(data) <= set(provenance["data"]),
-        "backbone": backbone.get("text", "The record of the training does not say what the backbone started from."),
+        "backbone": _backbones(runs, provenance),
         "features": provenance["features"] if has_features else None,
         "license": metadata.license,
         "distilled": any("teacher" in run for run in runs),
@@ -319,6 +319,18 @@ def _pastes(settings: dict) -> bool:
 
 def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _backbones(runs: list[dict], provenance: dict) -> str:
+    """What the backbones of a lineage started from, as far as its runs recorded it."""
+    sources = [run["backbone"] for run in runs if "backbone" in run]
+    if not sources:
+        return "The record of the training does not say what the backbone started from."
+    known = provenance["backbones"]
+    return " ".join(
+        known.get(source.get("sha256")) or f"The backbone started from the weights of `{source['name']}`."
+        for source in sources
+    )
 
 
 def _data_table(data: list[str], provenance: dict, saw_held_out: bool) -> str:

@@ -61,7 +61,7 @@ def release_run(
     """
     run, folder = Path(run), Path(folder)
     results = read_json(run / "all_results.json")
-    recorded = {name: results[name] for name in ("initialised_from", "teacher") if name in results}
+    recorded = {name: results[name] for name in ("initialised_from", "backbone", "teacher") if name in results}
     names = data if data is not None else data_names(results["config"])
     model = DeformVosModel.from_pretrained(
         run, **({} if memory_interval is None else {"memory_interval": memory_interval})

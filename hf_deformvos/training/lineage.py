@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers.utils import cached_file, logging
 
+from ..inference import sha256_of
 from ..publishing.release import data_names
 from .config import PATH_SETTINGS, TrainingConfig
 
@@ -50,7 +51,7 @@ def describe_origin(source: str) -> dict:
 
     Returns:
         `dict`: `name`; and of the run that made it, where that is recorded, steps, clips, minutes, data, settings
-        without paths, and its own `initialised_from` and `teacher`.
+        without paths, and its own `initialised_from`, `backbone` and `teacher`.
     """
     # A path of this machine says nothing elsewhere.
     is_path = Path(source).exists() or Path(source).is_absolute()
@@ -66,17 +67,37 @@ def describe_origin(source: str) -> dict:
         origin["data"] = data
     known = {item.name for item in fields(TrainingConfig)} - _PRIVATE
     origin["settings"] = {name: value for name, value in settings.items() if name in known and not _names_file(value)}
-    for name, kind in (("initialised_from", dict), ("teacher", dict), ("averaged_with", list)):
+    for name, kind in (("initialised_from", dict), ("backbone", dict), ("teacher", dict), ("averaged_with", list)):
         if isinstance(record.get(name), kind):
             origin[name] = record[name]
     return origin
 
 
 def lineage(config: TrainingConfig) -> dict:
-    """`initialised_from` and `teacher` of a run, as far as it has them."""
+    """`initialised_from`, `backbone` (what `init_backbone` named) and `teacher` of a run, as far as it has them."""
     own_weights = config.student not in ("none",) and not config.student.endswith(".json")
     sources = {"initialised_from": config.student if own_weights else config.init_from, "teacher": config.teacher}
-    return {name: describe_origin(source) for name, source in sources.items() if source}
+    origins = {name: describe_origin(source) for name, source in sources.items() if source}
+    return origins | ({"backbone": describe_backbone(config.init_backbone)} if config.init_backbone else {})
+
+
+def describe_backbone(source: str) -> dict:
+    """
+    What a backbone starts from.
+
+    Args:
+        source (`str`): A file of weights, or the folder or Hub repository of a model.
+
+    Returns:
+        `dict`: `name`, without the path; `sha256` of the weights, where they are one safetensors file.
+    """
+    path = Path(source)
+    if path.exists():
+        weights, name = path / "model.safetensors" if path.is_dir() else path, path.resolve().name
+    else:
+        weights, name = cached_file(source, "model.safetensors", _raise_exceptions_for_missing_entries=False), source
+    is_file = weights is not None and Path(weights).is_file()
+    return {"name": name, **({"sha256": sha256_of(Path(weights))} if is_file else {})}
 
 
 def total_clips(clips: int, origin: dict | None) -> int:

@@ -50,6 +50,7 @@ from hf_deformvos.training import (
     StepPlan,
     Trainer,
 )
+from hf_deformvos.training.config import PROPAGATIONS
 from hf_deformvos.training.lineage import describe_origin, lineage, total_clips
 from hf_deformvos.training.models import build_student, build_teacher
 from hf_deformvos.training.optimization import FreezeSchedule
@@ -101,6 +102,17 @@ def test_the_loss_is_the_weighted_sum_of_its_named_parts(models, batch):
     assert all(not value.requires_grad for name, value in losses.items() if name != "loss")
     few = run(DistillationTask(*models, "labels", DistillationWeights(att=0, intra=0, inter=1.0)), batch)
     assert set(few) == {"loss", "loss_ce", "loss_jaccard", "loss_inter"}
+
+
+def test_attention_is_aligned_where_it_is_asked_for(models, batch):
+    alone = {
+        name: float(run(DistillationTask(*models, "labels", DistillationWeights(att_maps=(name,))), batch)["loss_att"])
+        for name in PROPAGATIONS
+    }
+    assert len(set(alone.values())) == 3
+    for chosen in (PROPAGATIONS, ("long_term", "self")):
+        losses = run(DistillationTask(*models, "labels", DistillationWeights(att_maps=chosen)), batch)
+        assert float(losses["loss_att"]) == pytest.approx(np.mean([alone[name] for name in chosen]), rel=1e-5)
 
 
 def test_frames_rolled_without_gradients_do_not_count(models, batch):

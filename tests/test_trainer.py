@@ -678,6 +678,7 @@ MISTAKES = {
     "unknown setting in a file": (["{tmp}/unknown.json"], "unknown settings ['learning_speed']"),
     "wrong type in a file": (["{tmp}/typed.json"], "`max_gap` must be a whole number, got 'x'"),
     "negative steps": (["--max_train_steps", "-1"], "`max_train_steps` must be at least 1, got -1"),
+    "unknown maps": (["--att_maps", "self", "cross"], "some of long_term, short_term, self, got ["),
     "push without a name": (["--push_to_hub"], "`push_to_hub` needs `hub_model_id`"),
     "bad student": (["--student", "{tmp}/student.json", "--static_dirs", "{tmp}/sets"], "hidden_size"),
     "student is no JSON": (

@@ -125,6 +125,7 @@ PATH_SETTINGS = (
 )
 """Settings that may name files or folders to read."""
 
+PROPAGATIONS = ("long_term", "short_term", "self")
 DISTILLATION_WEIGHTS = ("att_weight", "intra_weight", "inter_weight", "kl_weight", "representation_weight")
 
 _SHARES = (
@@ -286,6 +287,10 @@ class TrainingConfig:
     bootstrap_warm_up: float = _help(0.3, "Progress over which that share falls from 1.")
 
     att_weight: float = _help(1.0, "Weight, where there is a teacher, of 1 - CKA of its and the student's attention.")
+    att_maps: list[str] = field(
+        default_factory=lambda: [*PROPAGATIONS],
+        metadata={"help": "Propagations whose attention maps are aligned, of long_term, short_term and self; all."},
+    )
     intra_weight: float = _help(1.0, "The same of 1 - correlation of an object's probabilities over the pixels.")
     inter_weight: float = _help(1.0, "The same of 1 - correlation of a pixel's probabilities over the objects.")
     kl_weight: float = _help(0.0, "The same of the divergence of logits, the usual distillation.")
@@ -353,6 +358,8 @@ class TrainingConfig:
             raise ValueError(f"`mixed_precision` must be no, bf16 or fp16, got {self.mixed_precision!r}.")
         if self.on_data_error not in ("skip", "raise"):
             raise ValueError(f"`on_data_error` must be skip or raise, got {self.on_data_error!r}.")
+        if not self.att_maps or set(self.att_maps) - set(PROPAGATIONS):
+            raise ValueError(f"`att_maps` must hold some of {', '.join(PROPAGATIONS)}, got {self.att_maps}.")
         if self.train_on_held_out and self.eval_steps and self.eval_dir is None and self.davis_dirs:
             raise ValueError(
                 "`eval_steps` scores a run on the held-out sequences, which `train_on_held_out` trains on: leave one "

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..data.store import VOID
 from ..data.transforms import ClipBatch
-from .config import DISTILLATION_WEIGHTS, TrainingConfig
+from .config import DISTILLATION_WEIGHTS, PROPAGATIONS, TrainingConfig
 from .distillation import (
     attention_alignment_loss,
     inter_object_relation_loss,
@@ -19,9 +19,6 @@ from .distillation import (
 )
 from .losses import upsample_logits
 from .task import SegmentationTask, StepPlan
-
-
-PROPAGATIONS = ("long_term", "short_term", "self")
 
 
 @dataclass(frozen=True)
@@ -36,6 +33,7 @@ class DistillationWeights:
         representation (`float`): Of MobileVOS's loss on features.
         temperature (`float`): Divisor of logits in `intra`, `inter` and `kl`.
         cka_unbiased (`bool`): Whether `att` takes the unbiased estimator.
+        att_maps (`tuple[str, ...]`): Propagations whose maps `att` aligns, of `long_term`, `short_term` and `self`.
     """
 
     att: float = 1.0
@@ -45,12 +43,14 @@ class DistillationWeights:
     representation: float = 0.0
     temperature: float = 1.0
     cka_unbiased: bool = False
+    att_maps: tuple[str, ...] = PROPAGATIONS
 
     @classmethod
     def from_config(cls, config: TrainingConfig) -> DistillationWeights:
         """The weights that a configuration states."""
         weights = {name.removesuffix("_weight"): getattr(config, name) for name in DISTILLATION_WEIGHTS}
-        return cls(**weights, temperature=config.temperature, cka_unbiased=config.cka_unbiased)
+        others = {"cka_unbiased": config.cka_unbiased, "att_maps": tuple(config.att_maps)}
+        return cls(**weights, temperature=config.temperature, **others)
 
     @property
     def uses_logits(self) -> bool:
@@ -175,7 +175,7 @@ class DistillationTask(SegmentationTask):
         losses = [
             attention_alignment_loss(mine[-1][name], theirs[-1][name], self.weights.cka_unbiased)
             for mine, theirs in zip(student, teacher, strict=True)
-            for name in PROPAGATIONS
+            for name in self.weights.att_maps
         ]
         return torch.stack(losses).mean()
 

@@ -28,7 +28,7 @@ from hf_deformvos.training import Trainer, TrainingConfig
 from hf_deformvos.training.config import PATH_SETTINGS
 from hf_deformvos.training.models import build_student, build_task, build_teacher
 from hf_deformvos.training.sources import open_data, open_evaluation, split_mask_rule
-from hf_deformvos.training.trainer import make_accelerator
+from hf_deformvos.training.trainer import TrainingDiverged, make_accelerator
 
 
 ROOT = Path(__file__).resolve().parent
@@ -181,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
             quick_start(trainer, started)
         else:
             trainer.train()
-    except (ValueError, OSError, SafetensorError, StrictDataclassError) as error:
+    except (ValueError, OSError, SafetensorError, StrictDataclassError, TrainingDiverged) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

@@ -12,6 +12,8 @@ import json
 import sys
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
+
 from hf_deformvos.publishing.release import release_run, write_card
 from hf_deformvos.training import TrainingConfig
 from hf_deformvos.training.lineage import lineage
@@ -60,8 +62,8 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         release(**vars(arguments))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, StrictDataclassError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(f"Wrote {arguments.folder}. Measure it next: make numbers DATA=...")
     return 0

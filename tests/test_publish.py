@@ -683,8 +683,11 @@ def test_a_release_of_several_runs_from_one_start(tmp_path, tiny_model, tiny_pro
     origin = describe_origin(str(tmp_path / "out"))
     assert total_clips(100, origin) == 167
     other = write_run("other", 40, "1" * 64)
-    with pytest.raises(ValueError, match=rf"{other} started from 1{{64}}, not from {start}"):
+    with pytest.raises(ValueError, match=rf"{other} started from 1{{64}}, the others from {start}"):
         release_run(runs[0], tmp_path / "again", average=[other])
+    fresh = [write_run(name, 50, None) for name in ("fresh", "fresher")]
+    with pytest.raises(ValueError, match="started from weights that are not recorded"):
+        release_run(fresh[0], tmp_path / "again", average=fresh[1:])
 
 
 # Spaces

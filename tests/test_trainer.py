@@ -10,6 +10,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +39,7 @@ from hf_deformvos.training.batches import WorkerProcesses
 from hf_deformvos.training.checkpoint import STATE_FILE, find_checkpoint, list_checkpoints, write_checkpoint
 from hf_deformvos.training.ema import WeightAverage
 from hf_deformvos.training.optimization import learning_rate_factor, parameter_groups
+from hf_deformvos.training.trainer import TrainingDiverged
 
 
 STAGE = {"until": 1.0, "size": [33, 49], "frames": 2, "batch": 2}
@@ -310,6 +312,23 @@ def test_a_failure_while_writing_leaves_no_checkpoint(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
 
+@pytest.mark.parametrize("step, keep", [(5, 0), (6, 1)])
+def test_a_checkpoint_whose_removal_is_interrupted_is_no_checkpoint(tmp_path, monkeypatch, step, keep):
+    def write(folder):
+        (folder / "weights").write_text("whole")
+
+    def killed(folder, **options):
+        if (folder / "weights").exists():
+            (folder / "weights").unlink()
+            raise KeyboardInterrupt
+
+    write_checkpoint(tmp_path, 5, write, {}, keep)
+    monkeypatch.setattr("hf_deformvos.training.checkpoint.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(tmp_path, step, write, {}, keep)
+    assert all((path / "weights").exists() for path in list_checkpoints(tmp_path))
+
+
 def test_old_checkpoints_are_removed_but_not_the_new_one(tmp_path):
     for step in (5, 10, 100, 15):
         write_checkpoint(tmp_path, step, lambda folder: None, {"step": step}, keep=3)
@@ -329,13 +348,37 @@ def test_an_earlier_run_is_not_overwritten(tmp_path):
     assert finished["steps"] == 6, "a finished run has nothing left to do"
 
 
+@pytest.mark.parametrize("limit", [{"max_train_steps": 5}, {"max_train_steps": None, "max_train_minutes": 0.01}])
+def test_a_repeated_command_leaves_a_finished_run_as_it_is(tmp_path, limit):
+    settings = {**limit, "checkpointing_steps": 4, "resume_from_checkpoint": "latest"}
+    first = make_trainer(tmp_path, **settings).train()
+    weights = sha256(tmp_path / "run" / "model.safetensors")
+    again = make_trainer(tmp_path, **settings).train()
+    assert (again["steps"], again["minutes"]) == (first["steps"], first["minutes"])
+    assert sha256(tmp_path / "run" / "model.safetensors") == weights
+
+
+def test_a_step_is_saved_once(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(
+        "hf_deformvos.training.trainer.write_checkpoint",
+        lambda output_dir, step, *others: written.append(step) or write_checkpoint(output_dir, step, *others),
+    )
+    make_trainer(tmp_path, checkpointing_steps=3).train()
+    assert written == [3, 6]
+    make_trainer(tmp_path, checkpointing_steps=3, resume_from_checkpoint="latest").train()
+    assert written == [3, 6]
+
+
 def test_results_of_an_earlier_run_are_not_overwritten(tmp_path):
     trainer = make_trainer(tmp_path, checkpointing_steps=100, logging_steps=2)
     trainer.train()
-    assert not list_checkpoints(trainer.output_dir)
+    for checkpoint in list_checkpoints(trainer.output_dir):
+        shutil.rmtree(checkpoint)
     log = trainer.log.path.read_text()
-    with pytest.raises(ValueError, match=r"holds the all_results\.json of an earlier run"):
-        make_trainer(tmp_path, checkpointing_steps=100).train()
+    for resume in (None, "latest"):
+        with pytest.raises(ValueError, match=r"holds the all_results\.json of an earlier run"):
+            make_trainer(tmp_path, checkpointing_steps=100, resume_from_checkpoint=resume).train()
     assert trainer.log.path.read_text() == log
     assert make_trainer(tmp_path, checkpointing_steps=0).train()["steps"] == 6, "a quick run may be repeated"
 
@@ -459,7 +502,7 @@ def test_steps_without_a_finite_gradient_are_skipped(tmp_path):
     endless = make_trainer(tmp_path, output_dir=str(tmp_path / "endless"), max_train_steps=50)
     with torch.no_grad():
         endless.student.head.bias.fill_(float("nan"))
-    with pytest.raises(RuntimeError, match="20 steps in a row"):
+    with pytest.raises(TrainingDiverged, match=r"20 steps in a row .* Lower `learning_rate`"):
         endless.train()
 
 
@@ -678,6 +721,11 @@ MISTAKES = {
     "unknown setting in a file": (["{tmp}/unknown.json"], "unknown settings ['learning_speed']"),
     "wrong type in a file": (["{tmp}/typed.json"], "`max_gap` must be a whole number, got 'x'"),
     "negative steps": (["--max_train_steps", "-1"], "`max_train_steps` must be at least 1, got -1"),
+    "no evaluation": (["--eval_dir", "{tmp}/davis"], "is scored on every `eval_steps` steps"),
+    "own masks backwards": (
+        ["--own_masks_from", "0.9", "--own_masks_until", "0.1"],
+        "`own_masks_from` must not lie behind `own_masks_until`, got 0.9 and 0.1",
+    ),
     "unknown maps": (["--att_maps", "self", "cross"], "some of long_term, short_term, self, got ["),
     "push without a name": (["--push_to_hub"], "`push_to_hub` needs `hub_model_id`"),
     "bad student": (["--student", "{tmp}/student.json", "--static_dirs", "{tmp}/sets"], "hidden_size"),
@@ -727,3 +775,12 @@ def test_mistakes_end_with_one_line_and_exit_code_2(tmp_path, capsys, mistake):
     assert len(errors) == 1
     assert message in errors[0]
     assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+def test_a_run_that_diverges_ends_with_one_line(tmp_path, capsys, monkeypatch):
+    def train():
+        raise TrainingDiverged("20 steps in a row")
+
+    monkeypatch.setattr(train_distill, "build", lambda config: SimpleNamespace(train=train))
+    assert train_distill.main(["--static_dirs", "sets", "--output_dir", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "error: 20 steps in a row\n"

@@ -109,10 +109,11 @@ def _average(model: DeformVosModel, results: dict, runs: Sequence[str | Path], d
     facts = []
     for number, run in enumerate(map(Path, runs), start=2):
         others = read_json(run / "all_results.json")
-        if _start_of(others) != _start_of(results):
+        starts = [_start_of(each) or "weights that are not recorded" for each in (others, results)]
+        if starts[0] != starts[1] or _start_of(results) is None:
             raise ValueError(
-                f"`average` takes runs that started from the same weights, but those of {run} started from "
-                f"{_start_of(others)}, not from {_start_of(results)} (sha256)."
+                f"`average` takes runs that started from the same weights (sha256), but those of {run} started from "
+                f"{starts[0]}, the others from {starts[1]}."
             )
         state = DeformVosModel.from_pretrained(run, dtype="float32").state_dict()
         for name, value in model.state_dict().items():

@@ -55,14 +55,21 @@ def write_checkpoint(output_dir: str | Path, step: int, write: Callable[[Path], 
         if path.is_file():
             _flush(path)
     if final.exists():
-        shutil.rmtree(final)
+        _remove(final)
     os.replace(temporary, final)
     if keep > 0:
         # Never the one just written: a run that was resumed from an early checkpoint has later ones beside it.
         others = [path for path in list_checkpoints(output_dir) if path != final]
         for old in others[: max(0, len(others) - keep + 1)]:
-            shutil.rmtree(old)
+            _remove(old)
     return final
+
+
+def _remove(checkpoint: Path) -> None:
+    """Takes a checkpoint away at once, whatever interrupts the removal of its files."""
+    doomed = checkpoint.with_name(f"{_WRITING}old-{checkpoint.name}")
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed)
 
 
 def _flush(path: Path) -> None:

@@ -358,6 +358,15 @@ class TrainingConfig:
             raise ValueError(f"`mixed_precision` must be no, bf16 or fp16, got {self.mixed_precision!r}.")
         if self.on_data_error not in ("skip", "raise"):
             raise ValueError(f"`on_data_error` must be skip or raise, got {self.on_data_error!r}.")
+        if self.eval_dir and not self.eval_steps:
+            raise ValueError(
+                f"`eval_dir` {self.eval_dir!r} is scored on every `eval_steps` steps: give these as well."
+            )
+        if self.own_masks_from > self.own_masks_until:
+            raise ValueError(
+                f"`own_masks_from` must not lie behind `own_masks_until`, got {self.own_masks_from} and "
+                f"{self.own_masks_until}."
+            )
         if not self.att_maps or set(self.att_maps) - set(PROPAGATIONS):
             raise ValueError(f"`att_maps` must hold some of {', '.join(PROPAGATIONS)}, got {self.att_maps}.")
         if self.train_on_held_out and self.eval_steps and self.eval_dir is None and self.davis_dirs:

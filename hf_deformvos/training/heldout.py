@@ -69,13 +69,14 @@ class HeldOutEvaluation:
         self, model: nn.Module, store: FrameStore, name: str, indices: list[int], device: torch.device
     ) -> float:
         """Mean J of one piece over its objects and the frames after the first; draws the piece's strip."""
-        frames = torch.stack([torch.from_numpy(store.image(i).copy()) for i in indices]).permute(0, 3, 1, 2)
-        images = F.interpolate(frames.to(device).float() / 255, size=self.size, mode="bilinear", antialias=True)
+        images = self._resized([store.image(i) for i in indices], device, mode="bilinear", antialias=True) / 255
         mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1)
         std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)
-        masks = torch.stack([torch.from_numpy(store.mask(i).copy()) for i in indices]).to(device)
-        labels = F.interpolate(masks.unsqueeze(1).float(), size=self.size, mode="nearest-exact")[:, 0].long()
-        numbers = [int(n) for n in labels[0].unique() if n not in (0, VOID)]
+        masks = [store.mask(i)[..., None] for i in indices]
+        labels = self._resized(masks, device, mode="nearest-exact")[:, 0].long()
+        areas = {int(n): int((labels[0] == n).sum()) for n in labels[0].unique() if n not in (0, VOID)}
+        # A clip holds so many, the largest ones: a training clip has even fewer.
+        numbers = sorted(sorted(areas, key=areas.get, reverse=True)[: self._most_objects(model)])
         if not numbers:
             return 0.0
         given = torch.zeros_like(labels[:1])
@@ -97,6 +98,15 @@ class HeldOutEvaluation:
             values.append(torch.where(union > 0, (mine & true).sum((1, 2)) / union.clamp_min(1), 1.0).mean())
         self.strips[name] = _strip(images, torch.cat([labels[:1], predicted]), labels)
         return float(torch.stack(values).mean())
+
+    def _resized(self, pictures: list[np.ndarray], device: torch.device, **how) -> torch.Tensor:
+        """Pictures `(height, width, channels)`, each of a size of its own, as `(T, channels, *self.size)`, float32."""
+        maps = (torch.from_numpy(picture.copy()).to(device).permute(2, 0, 1)[None].float() for picture in pictures)
+        return torch.cat([F.interpolate(each, size=self.size, **how) for each in maps])
+
+    @staticmethod
+    def _most_objects(model: nn.Module) -> int:
+        return getattr(getattr(model, "config", None), "max_objects", 10)
 
 
 def _strip(images: torch.Tensor, predicted: torch.Tensor, labels: torch.Tensor) -> np.ndarray:

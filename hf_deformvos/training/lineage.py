@@ -104,5 +104,5 @@ def total_clips(clips: int, origin: dict | None) -> int:
     """Clips that weights have seen: in this run, and in those that it started from."""
     if not origin:
         return clips
-    seen = origin.get("clips", 0) + sum(run["clips"] for run in origin.get("averaged_with", []))
-    return clips + total_clips(seen, origin.get("initialised_from"))
+    runs = [origin, *origin.get("averaged_with", [])]
+    return total_clips(clips + sum(run.get("clips") or 0 for run in runs), origin.get("initialised_from"))

@@ -62,7 +62,10 @@ def open_data(config: TrainingConfig, label: Callable[[str], FrameStore] | None 
     if config.youtube_vos_dirs:
         from ..data import load_youtube_vos
 
-        data.videos += [load_youtube_vos(root, config.video_short_side, **shared) for root in config.youtube_vos_dirs]
+        data.videos += [
+            load_youtube_vos(root, config.video_short_side, exclude=config.excluded_sequences, **shared)
+            for root in config.youtube_vos_dirs
+        ]
     if config.dataset_names:
         # Here, so that `datasets` is needed only by those who train on them.
         from ..data import load_hub_dataset

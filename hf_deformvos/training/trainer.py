@@ -64,6 +64,10 @@ def _stop_request(num_processes: int) -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
+class TrainingDiverged(RuntimeError):
+    """A run whose gradients are no numbers any more."""
+
+
 class Trainer:
     """
     Trains a task's student.
@@ -130,6 +134,7 @@ class Trainer:
         self.elapsed = 0.0
         self.clips = 0
         self.best = -math.inf
+        self._saved_step: int | None = None
         self._skipped = 0
         self._history: list[dict] = []
         self._evaluation: dict[str, float] = {}
@@ -170,6 +175,7 @@ class Trainer:
         Raises:
             ValueError: If the folder holds another run's checkpoints or results and this one does not resume, or a
                 checkpoint does not fit.
+            TrainingDiverged: If too many steps in a row had gradients that are not finite.
         """
         config = self.config
         self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -319,8 +325,9 @@ class Trainer:
             self._skipped += 1
             logger.warning(f"Step {self.step}: the gradient is not finite; the step is skipped.")
             if self._skipped >= _MAX_SKIPPED_STEPS:
-                raise RuntimeError(
-                    f"{self._skipped} steps in a row had gradients that are not finite; training stops."
+                raise TrainingDiverged(
+                    f"{self._skipped} steps in a row had gradients that are not finite; training stops. Lower "
+                    f"`learning_rate` ({self.config.learning_rate:g}), or go on from an earlier checkpoint."
                 )
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -400,7 +407,7 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Writes `checkpoint-<step>`: a model folder with the averaged weights, and all that resuming needs."""
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process and self._saved_step != self.step:
 
             def write(folder: Path) -> None:
                 self.save_release(folder)
@@ -426,6 +433,7 @@ class Trainer:
             }
             path = write_checkpoint(self.output_dir, self.step, write, state, self.config.checkpoints_total_limit)
             logger.info(f"step {self.step}: wrote {path}")
+        self._saved_step = self.step
         self._clock = time.perf_counter()
         self.accelerator.wait_for_everyone()
 
@@ -433,6 +441,7 @@ class Trainer:
         """Continues from a checkpoint, exactly."""
         path = find_checkpoint(self.output_dir, self.config.resume_from_checkpoint)
         if path is None:
+            self._refuse_to_overwrite()
             logger.warning(f"No checkpoint in {self.output_dir}; training starts afresh.")
             return
         state = json.loads((path / STATE_FILE).read_text())
@@ -453,6 +462,7 @@ class Trainer:
         if self._origins is not None and _teacher_hash(self._origins) != _teacher_hash(lineage(self.config)):
             logger.warning(f"The teacher in {self.config.teacher} is not the one that this run began with.")
         self._resumed_at, self._resumed_progress = self.elapsed, self.progress_at(self.step, self.elapsed)
+        self._saved_step = self.step if path.parent == self.output_dir else None
         logger.info(f"Resumed from {path} at step {self.step}, {self.elapsed / 60:.1f} minutes.")
 
     def _warn_of_changes(self, before: dict, processes: int | None) -> None:
@@ -467,9 +477,11 @@ class Trainer:
             logger.warning(f"Settings changed since the checkpoint, so this is not the run that it began: {listed}")
 
     def _finish(self) -> dict:
-        """Saves the model and the results."""
+        """Saves the model and the results; a checkpoint too, so that a repeated command takes no further step."""
         if self.config.eval_steps and self._evaluated_step != self.step:
             self._run_evaluation()
+        if self.config.checkpointing_steps:
+            self.save_checkpoint()
         origins, device = self._origins, self.accelerator.device
         # A run that was over when it was resumed has taken no step of its own.
         last_line = self._last_line or next((line for line in reversed(self.log.lines()) if "loss" in line), {})

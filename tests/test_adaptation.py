@@ -1,6 +1,7 @@
 """Adapting a model to given frames: the clips it learns from, what it learns, what stays as it is, the commands."""
 
 import argparse
+import copy
 import json
 import sys
 from dataclasses import replace
@@ -257,8 +258,12 @@ def test_many_tiny_objects_are_no_error(tiny_model):
     ("values", "message"),
     [
         ({"steps": 0}, "`steps` must be at least 1, got 0"),
+        ({"steps": 1.5}, "`steps` must be a whole number, got 1.5"),
+        ({"batch_size": "3"}, "`batch_size` must be a whole number, got '3'"),
+        ({"seed": -1}, "`seed` must be at least 0, got -1"),
+        ({"learning_rate": float("inf")}, "`learning_rate` must be above 0 and at most 0.1, got inf"),
         ({"learning_rate": 0.0}, "`learning_rate` must be above 0"),
-        ({"bootstrap_share": 0.0}, "`bootstrap_share` must be above 0, got 0"),
+        ({"bootstrap_share": 0.0}, "`bootstrap_share` must be above 0 and at most 1.0, got 0"),
         ({"num_frames": 1}, "`num_frames` must be at least 2, got 1"),
         ({"short_side": 16}, "`short_side` must be at least 65, got 16"),
         ({"leave": 1.5}, "`leave` must be a share between 0 and 1, got 1.5"),
@@ -410,3 +415,18 @@ def test_a_camera_does_not_wait(clip, model_dir, monkeypatch, capsys):
     words = ("segment", clip[0], "--mask", clip[1], "--model", model_dir, "--adapt")
     assert call(*words, monkeypatch=monkeypatch) == 2
     assert "a camera does not wait" in capsys.readouterr().err
+
+
+def test_steps_that_lead_nowhere_end_in_an_error(tiny_model, tiny_clip):
+    frames, ids = tiny_clip
+    broken = copy.deepcopy(tiny_model)
+    with torch.no_grad():
+        broken.decoder.classifier.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="gradient of step 0 is not finite: lower `learning_rate`"):
+        adapt(broken, frames[:1], ids[:1], SHORT)
+
+
+def test_frames_may_be_one_array(tiny_model, tiny_clip):
+    frames, ids = tiny_clip
+    made, same = (adapt(tiny_model, kind(frames[:2]), kind(ids[:2]), SHORT) for kind in (list, np.stack))
+    assert all(torch.equal(one, other) for one, other in zip(made.parameters(), same.parameters(), strict=True))

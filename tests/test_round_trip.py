@@ -1,6 +1,7 @@
 """Whether adapted weights are trusted with a video: how both ways through it are compared, and what is kept."""
 
 import json
+import re
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -146,8 +147,29 @@ def test_a_model_in_training_mode_is_adapted_too(tiny_model, tiny_processor, tin
 
 def test_the_first_frame_needs_a_mask(tiny_model, tiny_processor, tiny_clip):
     frames, ids = tiny_clip
-    with pytest.raises(ValueError, match=r"The first frame must have a mask, got masks of the frames \[2\]"):
-        adapt_to_video(tiny_model, tiny_processor, frames, {2: ids[2]}, SHORT)
+    for given in ([2], [-1, 0], []):
+        masks = dict.fromkeys(given, ids[0])
+        for follow in (adapt_to_video, round_trip_agreement):
+            with pytest.raises(ValueError, match=rf"one of the first frame, 0, .* {re.escape(str(given))}"):
+                follow(tiny_model, tiny_processor, frames, masks)
+    with pytest.raises(ValueError, match=r"`masks` must be a whole number, got 1\.5"):
+        adapt_to_video(tiny_model, tiny_processor, frames, {0: ids[0], 1.5: ids[1]})
+    with pytest.raises(ValueError, match=r"Every mask needs its frame; those of \[0, 6\]"):
+        adapt_to_video(tiny_model, tiny_processor, frames, {0: ids[0], len(frames): ids[1]})
+    with pytest.raises(ValueError, match="There must be a frame"):
+        round_trip_agreement(tiny_model, tiny_processor, [], {0: ids[0]})
+
+
+def test_an_agreement_keeps_frames_as_the_network_sees_them(tiny_model, tiny_processor, tiny_clip):
+    """And id maps in the few bytes that they take, whatever their ids."""
+    frames, ids = tiny_clip
+    pixels, size = round_trip._prepared(
+        tiny_model.bfloat16(), tiny_processor, np.kron(frames[0], np.ones((8, 8, 1), np.uint8)), None
+    )
+    assert pixels.dtype == torch.bfloat16 and pixels.nbytes < 1e6 and tuple(size) == tuple(8 * n for n in ids[0].shape)
+    for values in (ids[0], ids[0].astype(np.int32) * 70_000, np.zeros((3, 5), np.int32)):
+        packed = round_trip._packed(values)
+        assert np.array_equal(round_trip._unpacked(packed), values) and len(packed[0]) < values.nbytes
 
 
 # --- Commands --------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from ..data.clips import ClipSpec
 from ..data.store import VOID
 from ..image_processing_deformvos import STRIDE
 from ..inference import fastest_dtype
+from ..inference_session_deformvos import as_index
 from ..training.optimization import learning_rate_factor
 from ..training.task import SegmentationTask, StepPlan, step_generator
 from .clips import GivenFrames
@@ -23,6 +24,7 @@ from .clips import GivenFrames
 _WARM_UP = 0.1
 _POWER = 0.9
 _MAX_GRADIENT = 1.0
+_HIGHEST_RATE = 0.1
 # Of one clip: where more are given, each clip draws its own.
 _MAX_OBJECTS = 3
 # Of clips, as a ratio of their sides.
@@ -71,14 +73,14 @@ class AdaptationConfig:
     seed: int = 0
 
     def __post_init__(self):
-        least = {"steps": 1, "short_side": 65, "num_frames": 2, "batch_size": 1, "check_frames": 0}
+        least = {"steps": 1, "short_side": 65, "num_frames": 2, "batch_size": 1, "check_frames": 0, "seed": 0}
         for name, value in least.items():
-            if getattr(self, name) < value:
+            if as_index(getattr(self, name), name) < value:
                 raise ValueError(f"`{name}` must be at least {value}, got {getattr(self, name)}.")
-        for name in ("learning_rate", "bootstrap_share"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
-        for name in ("recomposed", "leave", "own_masks", "bootstrap_share", "blend"):
+        for name, most in {"learning_rate": _HIGHEST_RATE, "bootstrap_share": 1.0}.items():
+            if not 0 < getattr(self, name) <= most:
+                raise ValueError(f"`{name}` must be above 0 and at most {most}, got {getattr(self, name)}.")
+        for name in ("recomposed", "leave", "own_masks", "blend"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"`{name}` must be a share between 0 and 1, got {getattr(self, name)}.")
 
@@ -132,7 +134,7 @@ class Adaptation:
     @torch.inference_mode(False)
     @torch.enable_grad()
     def step(self) -> float:
-        """Makes one step; returns its loss."""
+        """Makes one step; returns its loss. `ValueError` where its gradient is not finite."""
         config, device = self.config, self._model.device
         factor = learning_rate_factor(self.done / config.steps, self.done, _WARM_UP, _POWER)
         for group in self._optimizer.param_groups:
@@ -143,7 +145,12 @@ class Adaptation:
             loss = self._task(batch, self._plan, generator)["loss"]
         self._optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(self._parameters, _MAX_GRADIENT)
+        norm = nn.utils.clip_grad_norm_(self._parameters, _MAX_GRADIENT)
+        if not torch.isfinite(norm):
+            raise ValueError(
+                f"The gradient of step {self.done} is not finite: lower `learning_rate` ({config.learning_rate:g}) or "
+                "follow the objects without."
+            )
         self._optimizer.step()
         self.done += 1
         return loss.item()
@@ -198,7 +205,7 @@ def adapt(
 
     Raises:
         ValueError: If the model cannot be trained (folded, or exported), an image or a mask is not of that form, they
-            do not fit, or no mask shows an object.
+            do not fit, or no mask shows an object; if a step's gradient is not finite.
 
     Example:
 
@@ -232,7 +239,7 @@ def _prepare(
     images: Sequence[Image.Image | np.ndarray], masks: Sequence[np.ndarray], short_side: int
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Arrays, no larger than the clips, with ids numbered from 1; checked."""
-    if len(images) != len(masks) or not images:
+    if len(images) != len(masks) or len(images) == 0:
         raise ValueError(f"Every image needs its mask, got {len(images)} images and {len(masks)} masks.")
     masks = [_checked_mask(number, mask) for number, mask in enumerate(masks)]
     ids = sorted({int(value) for mask in masks for value in np.unique(mask)} - {0})

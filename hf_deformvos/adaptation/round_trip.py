@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from ..inference import fastest_dtype, prepare_for_inference
+from ..inference_session_deformvos import as_index
 from .adapt import AdaptationConfig, adapt, blended
 
 
@@ -52,13 +54,14 @@ def adapt_to_video(
         `tuple`: the model, in float32 and not folded, and the share of the adapted weights in it.
 
     Raises:
-        ValueError: See [`adapt`]; also if the first frame has no mask.
+        ValueError: See [`adapt`]; also if the first frame has no mask, or a mask no frame.
     """
     config = config or AdaptationConfig()
-    if 0 not in masks:
-        raise ValueError(f"The first frame must have a mask, got masks of the frames {sorted(masks)}.")
-    given = sorted(masks)
-    images, id_maps = [frames[position] for position in given], [masks[position] for position in given]
+    given = _given_positions(masks)
+    try:
+        images, id_maps = [frames[position] for position in given], [masks[position] for position in given]
+    except LookupError as error:
+        raise ValueError(f"Every mask needs its frame; those of {given} are not all there.") from error
     if not config.check_frames:
         return adapt(model, images, id_maps, config, progress), config.blend
     adapted = adapt(model, images, id_maps, replace(config, blend=1.0), progress)
@@ -96,31 +99,68 @@ def round_trip_agreement(
         processor ([`DeformVosProcessor`]): Its processor.
         frames (sequence of `PIL.Image.Image` or `np.ndarray`): In their order, all of one size.
         masks (`dict[int, np.ndarray]`): Id maps by position in `frames`, 0 among them; those further on count as well
-            on the way there.
+            on the way there, and those beyond the last frame do not.
         size (`dict`, *optional*): The processor's keyword for another size.
 
     Returns:
         `float`: intersection over union of both ways' masks, the mean over objects, frames and the two ways back; an
         object that is not there where the way back begins has 0. 1 where there is but one frame.
+
+    Raises:
+        ValueError: If there is no frame, or the first one has no mask.
     """
+    _given_positions(masks)
+    if not len(frames):
+        raise ValueError("There must be a frame to follow objects through, got none.")
     obj_ids = [int(obj_id) for obj_id in np.unique(masks[0]) if obj_id]
-    there = list(_followed(model, processor, frames, masks, size))
+    # As the network sees them, which bounds what large frames take.
+    ready = [_prepared(model, processor, frame, size) for frame in frames]
+    there = [_packed(found) for found in _followed(model, processor, ready, masks)]
     agreements = []
     for turn in sorted({round(part * (len(there) - 1)) for part in _TURNS} - {0}):
-        found, way_back = there[turn], frames[turn::-1]
-        back = list(_followed(model, processor, way_back, {0: found}, size)) if found.any() else []
-        for obj_id in obj_ids:
-            is_there = bool(back) and bool((found == obj_id).any())
-            pairs = zip(there[turn - 1 :: -1], back[1:], strict=True) if is_there else ()
-            overlaps = [_overlap(one == obj_id, other == obj_id) for one, other in pairs]
-            agreements.append(float(np.mean(overlaps)) if overlaps else 0.0)
+        found = _unpacked(there[turn])
+        overlaps = {obj_id: [] for obj_id in obj_ids}
+        seen = [obj_id for obj_id in obj_ids if (found == obj_id).any()]
+        if seen:
+            back = _followed(model, processor, ready[turn::-1], {0: found})
+            next(back)
+            for packed, other in zip(there[turn - 1 :: -1], back, strict=True):
+                one = _unpacked(packed)
+                for obj_id in seen:
+                    overlaps[obj_id].append(_overlap(one == obj_id, other == obj_id))
+        agreements += [float(np.mean(each)) if each else 0.0 for each in overlaps.values()]
     return float(np.mean(agreements)) if agreements else 1.0
 
 
-def _followed(model, processor, frames, masks: dict[int, np.ndarray], size: dict | None) -> Iterator[np.ndarray]:
-    """The id map of each frame; of the first, the one that is given."""
+def _given_positions(masks: dict[int, np.ndarray]) -> list[int]:
+    """Which frames have a mask, in order, the first one among them."""
+    given = sorted(as_index(position, "masks") for position in masks)
+    if not given or given[0] != 0:
+        raise ValueError(f"`masks` must hold one of the first frame, 0, and none before it, got those of {given}.")
+    return given
+
+
+def _prepared(model, processor, frame, size: dict | None) -> tuple[torch.Tensor, tuple[int, int]]:
+    """A frame's pixels for the network, in its precision, and the size that the frame has."""
+    inputs = processor(images=frame, return_tensors="pt", **(size or {}))
+    return inputs.pixel_values[0].to(model.dtype), inputs.original_sizes[0]
+
+
+def _packed(id_map: np.ndarray) -> tuple:
+    """An id map in the few bytes that large areas take."""
+    small = id_map.astype(np.min_scalar_type(int(id_map.max(initial=0))))
+    return zlib.compress(small.tobytes(), level=1), small.dtype, small.shape
+
+
+def _unpacked(packed: tuple) -> np.ndarray:
+    data, dtype, shape = packed
+    return np.frombuffer(zlib.decompress(data), dtype).reshape(shape)
+
+
+def _followed(model, processor, frames, masks: dict[int, np.ndarray]) -> Iterator[np.ndarray]:
+    """The id map of each frame, as [`_prepared`] made it; of the first, the one that is given."""
     session = processor.init_video_session(video=None, device=model.device, dtype=model.dtype)
-    for position, frame in enumerate(frames):
+    for position, (pixel_values, original_size) in enumerate(frames):
         given = masks.get(position)
         if given is not None and given.any():
             obj_ids = [int(obj_id) for obj_id in np.unique(given) if obj_id]
@@ -128,10 +168,8 @@ def _followed(model, processor, frames, masks: dict[int, np.ndarray], size: dict
             processor.add_inputs_to_inference_session(
                 session, frame_idx=position, obj_ids=obj_ids, input_masks=layers, original_size=given.shape
             )
-        inputs = processor(images=frame, return_tensors="pt", **(size or {}))
-        pixel_values = inputs.pixel_values[0].to(model.device, model.dtype)
-        output = model(inference_session=session, frame=pixel_values)
-        found = processor.post_process_id_map(output, original_size=inputs.original_sizes[0])
+        output = model(inference_session=session, frame=pixel_values.to(model.device))
+        found = processor.post_process_id_map(output, original_size=original_size)
         yield np.asarray(given) if position == 0 else np.asarray(found)
 
 

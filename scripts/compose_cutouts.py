@@ -13,6 +13,7 @@ sequence of `hf_deformvos.data.HELD_OUT_SEQUENCES` are left out.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ from PIL import Image, ImageEnhance, ImageFilter
 from tqdm import tqdm
 
 from hf_deformvos.data import HELD_OUT_SEQUENCES
-from hf_deformvos.data.store import READ_ERRORS
+from hf_deformvos.data.static import is_mask
+from hf_deformvos.data.store import READ_ERRORS, to_rgb
 
 
 SIZE = (576, 320)
@@ -34,6 +36,24 @@ def list_pictures(folders: list[Path]) -> list[Path]:
     """Every picture below the folders, sorted, without frames of held-out sequences."""
     paths = (path for folder in folders for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES)
     return [path for path in paths if path.parent.name not in HELD_OUT_SEQUENCES]
+
+
+def list_photographs(folders: list[Path]) -> list[Path]:
+    """The same without masks, which the names of the folders tell."""
+    return [
+        path for folder in folders for path in list_pictures([folder]) if not is_mask(path.relative_to(folder.parent))
+    ]
+
+
+def is_readable(path: Path) -> bool:
+    """Whether a picture can be decoded; one that cannot is named."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except READ_ERRORS as error:
+        tqdm.write(f"{path} cannot be read and is left out: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def load_cutout(path: Path) -> Image.Image | None:
@@ -51,7 +71,7 @@ def load_cutout(path: Path) -> Image.Image | None:
 
 def draw_background(rng: np.random.Generator, path: Path) -> Image.Image:
     """A random part of a photograph, at `SIZE`."""
-    image = Image.open(path).convert("RGB")
+    image = to_rgb(Image.open(path))
     scale = min(image.width / SIZE[0], image.height / SIZE[1]) * rng.uniform(0.5, 1.0)
     width, height = SIZE[0] * scale, SIZE[1] * scale
     left, top = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)
@@ -109,7 +129,7 @@ def main():
     for folder in [*arguments.cutouts, *arguments.backgrounds]:
         if not folder.is_dir():
             parser.error(f"{folder} is no folder of pictures.")
-    backgrounds = list_pictures(arguments.backgrounds)
+    backgrounds = [path for path in tqdm(list_photographs(arguments.backgrounds), desc="check") if is_readable(path)]
     pictures = [load_cutout(path) for path in tqdm(list_pictures(arguments.cutouts), desc="read")]
     cutouts = [picture for picture in pictures if picture is not None]
     if not cutouts or not backgrounds:

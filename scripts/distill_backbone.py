@@ -25,22 +25,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from compose_cutouts import list_photographs
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
 from hf_deformvos import DeformVosConfig, DeformVosImageProcessor, DeformVosModel
-from hf_deformvos.data import HELD_OUT_SEQUENCES
+from hf_deformvos.data.store import to_rgb
 from hf_deformvos.publishing.release import data_names
 from hf_deformvos.training.lineage import describe_backbone, describe_origin
 from hf_deformvos.training.optimization import learning_rate_factor
 
 
 HEIGHT, WIDTH = 257, 449
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
-# Folders with masks beside the images.
-MASK_FOLDERS = {"masks", "Annotations"}
 DECODER = "decoder.safetensors"
 # The projections are fresh, the backbone is not.
 PROJECTION_LR_SCALE = 6.0
@@ -50,18 +48,16 @@ WARM_UP, POLY_POWER = 0.03, 0.9
 
 def list_images(folders: list[Path], every: int) -> list[Path]:
     """Images below the folders, sorted; of the frames of a video, which lie below `JPEGImages`, one in `every`."""
-    paths = sorted(path for folder in folders for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     chosen = []
-    for folder, images in groupby(paths, key=lambda path: path.parent):
-        if not MASK_FOLDERS & set(folder.parts) and folder.name not in HELD_OUT_SEQUENCES:
-            chosen += list(images)[:: every if "JPEGImages" in folder.parts else 1]
+    for folder, images in groupby(sorted(list_photographs(folders)), key=lambda path: path.parent):
+        chosen += list(images)[:: every if "JPEGImages" in folder.parts else 1]
     return chosen
 
 
 def read_image(path: Path) -> np.ndarray:
     """The middle of an image as `(HEIGHT, WIDTH, 3)` bytes."""
     with Image.open(path) as image:
-        return np.asarray(ImageOps.fit(image.convert("RGB"), (WIDTH, HEIGHT), Image.Resampling.BICUBIC))
+        return np.asarray(ImageOps.fit(to_rgb(image), (WIDTH, HEIGHT), Image.Resampling.BICUBIC))
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:

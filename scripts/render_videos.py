@@ -21,7 +21,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from compose_cutouts import list_pictures
+from compose_cutouts import list_photographs
 from PIL import Image, ImageFilter
 from rendering.megaglest import MegaGlest
 from rendering.models import Actor
@@ -77,11 +77,6 @@ class Library:
         """The picture of a texture, whose name has its actor's kind before a colon, unless it is of 0 A.D."""
         kind, colon, path = name.partition(":")
         return self._kinds[kind].texture(path) if colon else self._zero_ad.texture(name)
-
-
-def list_photographs(folders: list[Path]) -> list[Path]:
-    """Every picture below the folders, without masks and frames of held-out sequences."""
-    return [path for path in list_pictures(folders) if path.parent.name != "masks"]
 
 
 def is_worth_it(masks: list[np.ndarray]) -> bool:

@@ -1,5 +1,6 @@
 """scripts/compose_cutouts.py: training reads the set that it writes, whose masks say where things are."""
 
+import shutil
 import sys
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image
 from test_repository import load_script
 
 from hf_deformvos.data import HELD_OUT_SEQUENCES, load_static_sets
+from hf_deformvos.data.static import LAYOUTS
 
 
 @pytest.fixture
@@ -53,6 +55,53 @@ def test_masks_say_where_the_cutouts_are(compose, pictures, tmp_path, capsys):
         assert (ids == 1).any()
         is_red = image[..., 0] > image[..., 2]
         assert (is_red == (ids > 0)).mean() > 0.99
+
+
+def test_broken_backgrounds_and_masks_are_no_backgrounds(compose, pictures, tmp_path, capsys):
+    cutouts, backgrounds = pictures
+    compose(tmp_path / "plain", "--cutouts", cutouts, "--backgrounds", backgrounds, "--copies", 1)
+    whole = (backgrounds / "sea.jpg").read_bytes()
+    (backgrounds / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (backgrounds / "broken.png").write_bytes(b"no picture")
+    (backgrounds / "set" / "gt").mkdir(parents=True)
+    Image.new("L", (700, 300), 255).save(backgrounds / "set" / "gt" / "sea.png")
+    compose(tmp_path / "set", "--cutouts", cutouts, "--backgrounds", backgrounds, "--copies", 1)
+    captured = capsys.readouterr()
+    assert "3 images of 3 cut-outs on 1 backgrounds" in captured.out
+    for name in ("cut.jpg", "broken.png"):
+        assert f"{backgrounds / name} cannot be read and is left out" in captured.err
+    files = [path.relative_to(tmp_path / "plain") for path in (tmp_path / "plain").rglob("*.*")]
+    assert all((tmp_path / "plain" / file).read_bytes() == (tmp_path / "set" / file).read_bytes() for file in files)
+
+
+def test_backgrounds_of_16_bits_are_scaled(tmp_path):
+    deep = np.linspace(0, 65535, 320 * 576).reshape(320, 576).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    drawn = load_script("compose_cutouts").draw_background(np.random.default_rng(0), tmp_path / "deep.png")
+    assert 50 < np.asarray(drawn).mean() < 205
+
+
+@pytest.mark.parametrize(("images", "masks"), LAYOUTS)
+def test_masks_of_published_sets_are_no_photographs(tmp_path, images, masks):
+    kept, *others = (
+        tmp_path / "set" / name
+        for name in (
+            f"{images}/part/0.jpg",
+            f"{masks}/part/0.png",
+            "Annotations/480p/ant/0.png",
+            "Annotations_unsupervised/480p/ant/0.png",
+        )
+    )
+    for path in (kept, *others):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(path)
+    script = load_script("compose_cutouts")
+    assert script.list_photographs([tmp_path]) == [kept]
+    assert script.list_photographs([tmp_path / "set" / images]) == [kept]
+    # What lies above the folder that is named does not matter.
+    shutil.move(tmp_path / "set", tmp_path / "gt" / "set")
+    moved = tmp_path / "gt" / "set"
+    assert script.list_photographs([moved]) == [moved / kept.relative_to(tmp_path / "set")]
 
 
 def test_a_seed_means_the_same_set(compose, pictures, tmp_path):

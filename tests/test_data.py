@@ -2,11 +2,14 @@
 
 import errno
 import os
+import re
 import stat
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -31,6 +34,7 @@ from hf_deformvos.data import (
 )
 from hf_deformvos.data.clips import choose_window, cut_window
 from hf_deformvos.data.store import find_objects
+from hf_deformvos.video import read_image
 
 
 SPEC = ClipSpec(size=(97, 161), frames=3, batch=4, video_share=0.5, max_gap=2)
@@ -38,6 +42,19 @@ SPEC = ClipSpec(size=(97, 161), frames=3, batch=4, video_share=0.5, max_gap=2)
 
 def ids_of(store) -> set[int]:
     return {item.object_id for frame in store.objects for item in frame}
+
+
+def write_gray_png(path, values, bits):
+    """A gray PNG of so many bits a pixel, which Pillow reads and does not write."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    digits = (values[..., None] >> np.arange(bits - 1, -1, -1) & 1).reshape(len(values), -1)
+    rows = b"".join(b"\0" + row.tobytes() for row in np.packbits(digits, axis=1))
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, 0, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
 
 
 # ---- masks ----------------------------------------------------------------------------------------------------------
@@ -105,6 +122,22 @@ def test_ids_above_255_are_refused_unless_merged(tmp_path):
     assert np.array_equal(read_mask(tmp_path / "mask.png", merge=True), ids > 0)
     Image.fromarray(np.where(ids > 255, 255, ids)).save(tmp_path / "mask.png")
     assert read_mask(tmp_path / "mask.png", merge=False).tolist() == [[0, 1, 2], [255, 255, 0]]
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_grays_of_few_bits_are_refused_unless_merged(tmp_path, options, bits):
+    """Pillow reads the ids 0 to 3 of two bits as 0, 85, 170 and 255, and the last would be void."""
+    folder = write_static_set(tmp_path / "sets" / "some", count=2)
+    for path in (folder / "masks").iterdir():
+        write_gray_png(path, np.tile(np.arange(4, dtype=np.uint8).repeat(30), (96, 1)), bits)
+    assert not set(np.unique(Image.open(path))) <= {0, 1, 2, 3}
+    message = rf"\.png must hold ids in eight bits or as palette entries, got grays of {bits} bits"
+    with pytest.raises(ValueError, match=message):
+        read_mask(path, merge=False)
+    with pytest.raises(ValueError, match=rf"no frame could be read; .*{message}"):
+        load_static_sets(tmp_path / "sets", **options)
+    (merged,) = load_static_sets(tmp_path / "sets", merged_sets=("some",), **options)
+    assert [item.area for item in merged.objects[0]] == [96 * 90]
 
 
 def test_masks_of_0_and_65535_are_one_object(tmp_path, options):
@@ -262,6 +295,17 @@ def test_masks_without_an_image_are_reported_by_name_or_refused(tmp_path, option
         list_davis(root, ["ant"], on_error="raise")
 
 
+def test_masks_without_an_image_of_a_set_are_reported_by_name_or_refused(tmp_path, options, warnings_of_package):
+    folder = write_static_set(tmp_path / "sets" / "some")
+    for index in (1, 2):
+        (folder / "images" / f"0000{index}.png").rename(folder / "images" / f"0000{index}.tif")
+    (store,) = load_static_sets(tmp_path / "sets", **options)
+    assert store.frame_names == ["00000"]
+    assert "2 masks have no image (.jpg, .jpeg, .png, .webp, .bmp): 00001.png, 00002.png" in warnings_of_package.text
+    with pytest.raises(ValueError, match=r"2 masks have no image .*: 00001\.png, 00002\.png"):
+        list_static_set(folder, on_error="raise")
+
+
 def test_masks_of_another_shape_are_reported_or_refused(tmp_path, options, warnings_of_package):
     folder = write_static_set(tmp_path / "sets" / "some")
     path = folder / "masks" / "00001.png"
@@ -362,6 +406,15 @@ def test_masks_of_another_size_are_brought_to_the_image(tmp_path, options):
     assert store.objects[0][0].box == (8, 20, 48, 70)
 
 
+def test_pictures_of_16_bits_are_scaled_as_the_video_reader_does(tmp_path, options):
+    folder = write_static_set(tmp_path / "sets" / "deep", count=1)
+    ramp = np.linspace(0, 65535, 96 * 120).reshape(96, 120).astype(np.uint16)
+    Image.fromarray(ramp).save(folder / "images" / "00000.png")
+    (store,) = load_static_sets(tmp_path / "sets", **options)
+    assert np.array_equal(store.image(0), read_image(folder / "images" / "00000.png"))
+    assert abs(store.image(0).mean() - 127.5) < 1
+
+
 # ---- samplers -------------------------------------------------------------------------------------------------------
 
 
@@ -444,8 +497,31 @@ def test_only_one_kind_of_source_is_enough(tmp_path):
         ClipSampler()
 
 
+def test_what_is_never_drawn_is_named(tmp_path, options, warnings_of_package):
+    davis = write_davis(tmp_path / "davis", names=("ant", "bee", "cat"), frames=3)
+    for frame in ("00001", "00002"):
+        (davis / "JPEGImages" / "480p" / "bee" / f"{frame}.jpg").unlink()
+        (davis / "Annotations" / "480p" / "bee" / f"{frame}.png").unlink()
+    for path in (davis / "Annotations" / "480p" / "cat").iterdir():
+        Image.new("L", (160, 96), 255).save(path)
+    folder = write_static_set(tmp_path / "sets" / "some")
+    Image.new("L", (120, 96)).save(folder / "masks" / "00001.png")
+    videos, statics = [load_davis(davis, merge=False, **options)], load_static_sets(tmp_path / "sets", **options)
+    assert not warnings_of_package.text
+    ClipSampler(videos, statics)
+    no_object = r"show no object \(255 is void unless masks are merged\)"
+    for message in (
+        "davis: 1 of 3 sequences have one frame alone: bee",
+        f"davis: 1 of 3 sequences {no_object}: cat",
+        f"some: 1 of 3 images {no_object}: 00001",
+    ):
+        assert re.search(message, warnings_of_package.text), message
+
+
 class _CountingStore:
     """A store of one sequence whose frames hold their own number."""
+
+    name = "numbers"
 
     def __init__(self, frames: int):
         self.sequences = {"one": range(frames)}

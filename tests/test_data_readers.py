@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from synthetic import draw_scene, save_palette, write_davis, write_static_set
+from test_data import write_gray_png
 
 from hf_deformvos.data import (
     HELD_OUT_SEQUENCES,
@@ -101,6 +102,13 @@ def test_masks_of_0_and_255_without_any_list_are_one_object(tmp_path, options):
     assert uses_255([np.array([0, 255]), np.array([0])])
     assert not uses_255([np.array([0, 255]), np.array([0, 1])])
     assert not uses_255([np.array([0, 0])])
+
+
+def test_one_object_that_appears_late_is_found(tmp_path, options):
+    root = write_davis(tmp_path / "davis", frames=3, value=255)
+    for path in (root / "Annotations" / "480p").rglob("00000.png"):
+        Image.new("L", (160, 96)).save(path)
+    assert ids_of(load_davis(root, **options)) == [1]
 
 
 # ---- YouTube-VOS ----------------------------------------------------------------------------------------------------
@@ -244,6 +252,42 @@ def test_gray_masks_are_cut_at_half(tmp_path, options):
     (store,) = load_static_sets(tmp_path / "sets", **options)
     assert ids_of(store) == [1]
     assert store.objects[0][0].box == (int(np.argmax(ramp > 127)), 0, 120, 96)
+
+
+def disc(radius: int, shape=(96, 120), scale=1) -> np.ndarray:
+    """A disc of 255, drawn `scale` times as large."""
+    y, x = np.mgrid[: shape[0] * scale, : shape[1] * scale]
+    inside = (y - 50.3 * scale) ** 2 + (x - 60.2 * scale) ** 2 < (radius * scale) ** 2
+    return (inside * 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("kind", ["anti-aliased", "jpeg"])
+def test_few_grays_around_255_are_its_edges(tmp_path, options, kind):
+    folder = write_static_set(tmp_path / "sets" / "soft", count=1)
+    (mask,) = (folder / "masks").iterdir()
+    if kind == "jpeg":
+        mask.unlink()
+        mask = mask.with_suffix(".jpg")
+        Image.fromarray(disc(30)).save(mask, quality=90)
+    else:
+        Image.fromarray(disc(30, scale=4)).resize((120, 96), Image.BOX).save(mask)
+    assert 10 < len(np.unique(Image.open(mask))) < 64
+    (store,) = load_static_sets(tmp_path / "sets", **options)
+    assert [item.object_id for item in store.objects[0]] == [1]
+    assert ((store.mask(0) == 1) == (disc(30) > 0)).mean() > 0.99
+    root = write_davis(tmp_path / "davis", names=("ant",), frames=1, size=(96, 120))
+    Image.open(mask).save(root / "Annotations" / "480p" / "ant" / "00000.png")
+    assert ids_of(load_davis(root, **options)) == [1]
+
+
+@pytest.mark.parametrize("ids", [[1, 2], [7, 15], [3]], ids=["instances", "classes", "one of them"])
+def test_void_beside_ids_stays_void(ids):
+    """Rims of Pascal VOC, and void that is larger than what is labelled."""
+    for radius in (12, 90):
+        mask = disc(radius, (192, 240))
+        for number, value in enumerate(ids):
+            mask[30:60, 40 + 14 * number : 54 + 14 * number] = value
+        assert not uses_255([mask])
 
 
 def test_fingerprints_of_files_stay_what_they_were(tmp_path):
@@ -450,6 +494,35 @@ def test_broken_rows_are_named_and_skipped_or_refused(tmp_path, options, no_cach
     with pytest.raises(ValueError, match="cannot read sequence 'ant', frame 2: "):
         load_hub_dataset(path, on_error="raise", **options)
     assert len(load_hub_dataset(path, merge=True, **options)) == 8, "merged masks are not compared with `object_ids`"
+
+
+def test_pictures_of_16_bits_are_scaled(tmp_path, options, no_cache):
+    rows = make_rows(["ant"])
+    deep = np.linspace(0, 65535, 96 * 160).reshape(96, 160).astype(np.uint16)
+    rows[0]["frame"] = {"bytes": png(deep), "path": None}
+    store = load_hub_dataset(write_parquet(tmp_path / "vos.parquet", rows), **options)
+    assert np.array_equal(store.image(0), np.repeat((deep >> 8)[..., None], 3, axis=2))
+
+
+def test_grays_of_few_bits_are_named(tmp_path, options, no_cache, warnings_of_package):
+    rows = [{**row, "object_ids": None} for row in make_rows(["ant"])]
+    write_gray_png(tmp_path / "few.png", np.tile(np.arange(4, dtype=np.uint8).repeat(40), (96, 1)), 2)
+    rows[1]["mask"] = {"bytes": (tmp_path / "few.png").read_bytes(), "path": None}
+    path = write_parquet(tmp_path / "vos.parquet", rows)
+    assert len(load_hub_dataset(path, **options)) == 3
+    assert "frame 2: the mask must hold ids in eight bits" in warnings_of_package.text
+    assert len(load_hub_dataset(path, merge=True, **options)) == 4
+
+
+def test_masks_of_255_whose_rows_list_nothing_are_named(tmp_path, options, no_cache, warnings_of_package):
+    rows = [{**row, "object_ids": None} for row in make_rows(["ant", "bee"])]
+    for row in rows[4:]:
+        mask = np.asarray(Image.open(io.BytesIO(row["mask"]["bytes"])))
+        row["mask"] = {"bytes": png((mask > 0) * np.uint8(255)), "path": None}
+    ClipSampler([load_hub_dataset(write_parquet(tmp_path / "vos.parquet", rows), **options)])
+    assert (
+        "vos: 1 of 2 sequences show no object (255 is void unless masks are merged): bee" in warnings_of_package.text
+    )
 
 
 def test_void_is_no_object(tmp_path, options, no_cache):

@@ -24,6 +24,11 @@ TINY_VIT = {
 }
 
 
+@pytest.fixture(autouse=True)
+def scripts_on_the_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A teacher, weights of a backbone, two stills, and videos of which one is held out."""
@@ -75,6 +80,21 @@ def test_images_are_those_that_may_be_trained_on(folders):
     davis = folders / "davis" / "JPEGImages" / "480p" / "ant"
     stills = [folders / "static" / "set" / "images" / f"{index}.webp" for index in range(2)]
     assert set(listed) == {davis / "00000.jpg", davis / "00004.jpg", *stills}
+
+
+def test_masks_of_published_sets_are_no_images(tmp_path):
+    kept = tmp_path / "HKU" / "imgs" / "0.png"
+    for path in (kept, tmp_path / "HKU" / "gt" / "0.png", tmp_path / "coco" / "annotations" / "train2017" / "0.png"):
+        path.parent.mkdir(parents=True)
+        Image.new("L", (8, 8)).save(path)
+    assert load_script("distill_backbone").list_images([tmp_path], every=1) == [kept]
+
+
+def test_images_of_16_bits_are_scaled(tmp_path):
+    deep = np.linspace(0, 65535, 257 * 449).reshape(257, 449).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    image = load_script("distill_backbone").read_image(tmp_path / "deep.png")
+    assert np.array_equal(image, np.repeat((deep >> 8)[..., None], 3, axis=2))
 
 
 def test_tokens_learn_the_features_and_a_student_starts_from_them(distill, folders, tmp_path):

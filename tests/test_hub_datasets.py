@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, TINY_CONFIG
 from PIL import Image
 from synthetic import write_davis
+from test_data import write_gray_png
 from test_evaluation import load_fake, make_davis, write_frame, write_mask
 
 from hf_deformvos.cli import main
@@ -174,6 +175,26 @@ def test_frames_are_encoded_anew_only_where_they_must_be(tmp_path):
     assert image.size == mask.size == (80, 48)
     assert mask.mode == "P" and mask.getpalette()[:6] == [0, 0, 0, 128, 0, 0]
     assert set(np.unique(np.asarray(mask))) == {0, 1, 2}
+
+
+def test_frames_of_16_bits_are_scaled_where_they_are_encoded_anew(tmp_path):
+    root = write_davis(tmp_path / "DAVIS", names=("ant",), frames=2)
+    frames = root / "JPEGImages" / "480p" / "ant"
+    deep = np.linspace(0, 65535, 96 * 160).reshape(96, 160).astype(np.uint16)
+    for path in list(frames.iterdir()):
+        path.unlink()
+        Image.fromarray(deep).save(path.with_suffix(".png"))
+    export(root, tmp_path / "set", short_side=48)
+    image = np.asarray(next(open_hub_dataset(tmp_path / "set").frames()).read_image())
+    assert image.shape == (48, 80, 3) and abs(image.mean() - 127.5) < 1
+
+
+def test_masks_of_few_bits_are_refused(tmp_path):
+    root = write_davis(tmp_path / "DAVIS", names=("ant",), frames=2)
+    mask = root / "Annotations" / "480p" / "ant" / "00001.png"
+    write_gray_png(mask, np.asarray(Image.open(mask)), 4)
+    with pytest.raises(ValueError, match=r"00001\.png must hold ids in eight bits .*, got grays of 4 bits"):
+        export(root, tmp_path / "set")
 
 
 def test_frames_without_masks_and_names_without_numbers(tmp_path):

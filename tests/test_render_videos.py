@@ -329,6 +329,8 @@ def test_training_reads_the_videos(archive, people, painter, tmp_path, monkeypat
     (photographs / HELD_OUT_SEQUENCES[0]).mkdir(parents=True)
     Image.new("RGB", (64, 48), (120, 120, 120)).save(photographs / "sky.jpg")
     Image.new("RGB", (64, 48), (255, 255, 255)).save(photographs / HELD_OUT_SEQUENCES[0] / "00000.jpg")
+    (photographs / "ground_truth_mask").mkdir()
+    Image.new("L", (64, 48), 255).save(photographs / "ground_truth_mask" / "sky.png")
 
     def render(folder: str):
         arguments = [

@@ -382,6 +382,9 @@ def test_bars_reach_from_border_to_border_and_stay_thin():
 def test_no_blob_and_no_bar_is_empty(monkeypatch):
     for seed in range(50):
         assert transforms._bars(17, 33, generator(seed)).any()
+    for width in (17, 65, 145):
+        for seed in range(1000, 1100):
+            assert transforms._bars(321, width, generator(seed)).any(), "all beside a narrow picture"
     monkeypatch.setattr(transforms.torch, "randn", lambda *shape, generator: torch.full(shape, -6.0))
     assert transforms._blob(97, 161, generator(0)).any(), "one draw in many thousands, which once ended a run"
 

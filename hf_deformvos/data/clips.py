@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .store import VOID, ArrayStore, FrameStore, ObjectBox
+from .store import VOID, ArrayStore, FrameStore, ObjectBox, report_missing
 
 
 MARGIN = 1.25
 _MINIMUM_OBJECT_AREA = 200
+_NO_OBJECT = "show no object (255 is void unless masks are merged)"
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class RawBatch:
 class ClipSampler:
     """
     Draws batches of raw clips. `sampler(index, spec)` gives the same batch for the same seed, index and spec, in any
-    process, so a sampler has no state to save.
+    process, so a sampler has no state to save. What it can never draw, it reports by name.
 
     Args:
         videos (sequence of [`FrameStore`]): Stores with sequences of several frames.
@@ -83,13 +84,8 @@ class ClipSampler:
 
     def __init__(self, videos: Sequence[FrameStore] = (), statics: Sequence[FrameStore] = (), seed: int = 0):
         self.seed = seed
-        self._videos = [
-            (store, span)
-            for store in videos
-            for span in store.sequences.values()
-            if len(span) > 1 and any(store.objects[index] for index in span)
-        ]
-        sets = [[(store, index) for index in range(len(store)) if store.objects[index]] for store in statics]
+        self._videos = [(store, span) for store in videos for span in _usable_sequences(store)]
+        sets = [[(store, index) for index in _usable_images(store)] for store in statics]
         self._static_sets = [images for images in sets if images]
         self._statics = [image for images in self._static_sets for image in images]
         if not self._videos and not self._statics:
@@ -170,6 +166,24 @@ class ClipSampler:
         window = choose_window(rng, store.sizes[picked[0]], focus.box, spec.canvas)
         for position, index in enumerate(picked):
             cut_window(store.image(index), table[store.mask(index)], window, frames[position], masks[position])
+
+
+def _usable_sequences(store: FrameStore) -> list[range]:
+    """The sequences that have several frames and an object; the others are reported."""
+    spans, of_all = store.sequences, f"of {len(store.sequences)} sequences"
+    single = [name for name, span in spans.items() if len(span) < 2]
+    empty = [name for name, span in spans.items() if not any(store.objects[index] for index in span)]
+    report_missing(store.name, single, "skip", f"{of_all} have one frame alone")
+    report_missing(store.name, empty, "skip", f"{of_all} {_NO_OBJECT}")
+    return [span for name, span in spans.items() if name not in {*single, *empty}]
+
+
+def _usable_images(store: FrameStore | ArrayStore) -> list[int]:
+    """The images that show an object; the others are reported, but for those in memory, which have no names."""
+    if isinstance(store, FrameStore):
+        empty = [name for name, shown in zip(store.frame_names, store.objects, strict=True) if not shown]
+        report_missing(store.name, empty, "skip", f"of {len(store)} images {_NO_OBJECT}")
+    return [index for index in range(len(store)) if store.objects[index]]
 
 
 def _choose_objects(

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from .davis import davis_sequences, frame_folders, is_one_object
 from .folders import check_masks_have_frames, image_files, masks_by_frame, read_split, subfolder_names
 from .hub_dataset import import_datasets
-from .store import READ_ERRORS, VOID, FrameEntry, mask_ids, mask_values
+from .store import READ_ERRORS, VOID, FrameEntry, mask_values, read_mask, to_rgb
 
 
 if TYPE_CHECKING:
@@ -272,7 +272,8 @@ def _open(path: Path) -> Image.Image:
 def _mask_values(path: Path, one_object: bool, size: tuple[int, int]) -> list[int]:
     """The values of a mask that must have a frame's size."""
     with _open(path) as image:
-        mask = mask_values(image, True, str(path)) if one_object else mask_ids(image, False, str(path))
+        # Read anew where bits matter: what is decoded does not tell how many there were.
+        mask = mask_values(image, True, str(path)) if one_object else read_mask(path, False)
     if mask.shape[::-1] != size:
         raise ValueError(
             f"{path} must have its frame's size {size[0]}x{size[1]}, got {mask.shape[1]}x{mask.shape[0]}."
@@ -305,7 +306,7 @@ def _encode_frame(path: Path, size: tuple[int, int]) -> dict:
             suffix, changed = ".png", image
         else:
             suffix = path.suffix.lower()
-            changed = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+            changed = to_rgb(image).resize(size, Image.Resampling.LANCZOS)
     changed.info.pop("exif", None)  # some writers of Pillow take it over
     buffer = io.BytesIO()
     kind = Image.registered_extensions()[suffix]

@@ -140,7 +140,7 @@ def load_davis(
         short_side (`int`): Largest short side of stored frames, in pixels.
         merge (`bool`, *optional*): Whether all mask values above 0 are one object (DAVIS-2016, where 255 or 1 is the
             object). Default: yes for a folder that lists 2016 and not 2017 in `ImageSets`, and for one without lists
-            whose masks hold nothing but 0 and 255.
+            whose masks hold nothing but 0 and 255, or grays along the edges of 255.
         split, year: See [`davis_sequences`]. Default the training list: published folders hold the validation
             sequences too. Every sequence where there is no such list.
         sequences (sequence of `str`, *optional*): Which sequences; default those of `split`.
@@ -206,4 +206,6 @@ def is_one_object(root: Path, entries: list[FrameEntry]) -> bool:
     if any((sets / name).is_dir() for name in ("2016", *RESOLUTIONS)):
         return True
     firsts = {entry.sequence: entry.mask for entry in reversed(entries)}
-    return uses_255(first_masks(firsts.values()))
+    # Objects may appear after the first frame.
+    masks = dict.fromkeys([*firsts.values(), *(entry.mask for entry in entries)])
+    return uses_255(first_masks(masks))

@@ -18,6 +18,7 @@ Where `object_ids` lists 255, as for DAVIS-2016, all that a mask has above 0 is 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -30,7 +31,7 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
-from .store import VOID, FrameStore, mask_ids
+from .store import VOID, FrameStore, mask_ids, refuse_stretched, to_rgb
 
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class DatasetFrame:
 
     def read_image(self) -> Image.Image:
         """The picture, RGB, at its own size."""
-        return _decode_image(self.frame, "no image").convert("RGB")
+        return to_rgb(_decode_image(self.frame, "no image"))
 
     @property
     def is_one_object(self) -> bool:
@@ -99,7 +100,11 @@ class DatasetFrame:
     def read_mask(self, merge: bool | str | None) -> np.ndarray:
         """The mask as `(height, width)` uint8 ids; a `ValueError` where it shows ids that the row does not list."""
         merge = self.is_one_object if merge is None else merge
-        ids = mask_ids(self.open_mask(), merge, "the mask")
+        image = self.open_mask()
+        if not merge and self.mask.get("bytes"):
+            # What `datasets` has decoded does not tell any more.
+            refuse_stretched(Image.open(io.BytesIO(self.mask["bytes"])), "the mask")
+        ids = mask_ids(image, merge, "the mask")
         if not merge and self.object_ids is not None:
             # Masks that went through a lossy format, or hold 0 and 255, look like this.
             stray = sorted(set(np.unique(ids).tolist()) - {0, VOID, *self.object_ids})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from .davis import ANNOTATION_FOLDERS
 from .folders import IMAGE_SUFFIXES
 from .store import FrameEntry, FrameStore, first_masks, report_missing, uses_255
 
@@ -22,6 +23,19 @@ LAYOUTS = (
     ("images", "annotations"),  # PNG ids of COCO and ADE20K, in subfolders train2017, val2017 ...
 )
 """Folders of images and of masks, as published; the first pair that a set has is taken."""
+
+_MASK_FOLDERS = {
+    *(masks for images, masks in LAYOUTS if masks != images),
+    *ANNOTATION_FOLDERS.values(),
+    "SegmentationClass",  # Pascal VOC, beside SegmentationObject
+}
+_SHARED_FOLDERS = {masks for images, masks in LAYOUTS if masks == images}
+
+
+def is_mask(path: Path) -> bool:
+    """Whether the folders of a picture, as far as they belong to a data set, are called like those of masks."""
+    folders = set(path.parts[:-1])
+    return bool(folders & _MASK_FOLDERS or (folders & _SHARED_FOLDERS and path.suffix.lower() == ".png"))
 
 
 def find_layout(folder: str | Path) -> tuple[Path, Path] | None:
@@ -44,13 +58,14 @@ def list_static_set(folder: str | Path, on_error: str = "skip") -> list[FrameEnt
     Args:
         folder (`str` or `Path`): Holds `images/` and `masks/`, or another pair of `LAYOUTS`. Both may have the same
             subfolders. A mask is named like its image, or ends in `_mask` (Penn-Fudan).
-        on_error (`str`): `"skip"` reports and leaves out images without a mask, `"raise"` refuses them.
+        on_error (`str`): `"skip"` reports and leaves out images without a mask and masks without an image, `"raise"`
+            refuses them.
 
     Returns:
         `list[FrameEntry]`, sorted by name; every image is a sequence of its own.
 
     Raises:
-        ValueError: If the folders are missing, or a mask is and `on_error` is `"raise"`.
+        ValueError: If the folders are missing, or a mask or an image is and `on_error` is `"raise"`.
     """
     folder = Path(folder)
     layout = find_layout(folder)
@@ -64,15 +79,19 @@ def list_static_set(folder: str | Path, on_error: str = "skip") -> list[FrameEnt
     images, masks = layout
     # Photographs are JPEG where both are in one folder.
     beside = images == masks
+    suffixes = (".jpg", ".jpeg") if beside else IMAGE_SUFFIXES
     found = dict(_files(masks, (".png",) if beside else IMAGE_SUFFIXES))
     entries, missing = [], []
-    for name, path in _files(images, (".jpg", ".jpeg") if beside else IMAGE_SUFFIXES):
+    for name, path in _files(images, suffixes):
         mask = found.get(name, found.get(f"{name}_mask"))
         if mask is not None:
             entries.append(FrameEntry(name, path, mask))
         else:
             missing.append(path.relative_to(images).as_posix())
     report_missing(str(folder), missing, on_error)
+    paired = {entry.mask for entry in entries}
+    lost = [path.relative_to(masks).as_posix() for path in found.values() if path not in paired]
+    report_missing(str(folder), lost, on_error, f"masks have no image ({', '.join(suffixes)})")
     return entries
 
 

@@ -81,7 +81,7 @@ class FrameEntry:
     def read_image(self) -> Image.Image:
         """The picture, RGB, at its own size."""
         with Image.open(self.image) as handle:
-            return handle.convert("RGB")
+            return to_rgb(handle)
 
     def read_mask(self, merge: bool | str) -> np.ndarray:
         """See [`read_mask`]."""
@@ -103,7 +103,7 @@ def default_cache_dir() -> Path:
 
 
 def report_missing(folder: str, names: list[str], on_error: str, what: str = "images have no mask") -> None:
-    """Warns of frames that lack a file, or raises, naming them."""
+    """Warns of frames that lack something, or raises, naming them."""
     if not names:
         return
     listed = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
@@ -111,6 +111,14 @@ def report_missing(folder: str, names: list[str], on_error: str, what: str = "im
     if on_error == "raise":
         raise ValueError(f"{message}; add the files, or let such frames be skipped.")
     logger.warning(f"{message}; they are left out.")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture as RGB of eight bits."""
+    if image.mode.startswith("I"):
+        # Pillow clips 16-bit gray instead of scaling it.
+        image = Image.fromarray((np.asarray(image, dtype=np.uint32) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def read_mask(path: Path, merge: bool | str) -> np.ndarray:
@@ -127,8 +135,8 @@ def read_mask(path: Path, merge: bool | str) -> np.ndarray:
         `np.ndarray` of shape `(height, width)`, uint8.
 
     Raises:
-        ValueError: If `merge` is false and the file holds colours that are neither palette entries nor grays, or ids
-            above 255.
+        ValueError: If `merge` is false and the file holds colours that are neither palette entries nor grays, grays
+            of two or four bits, or ids above 255.
     """
     with Image.open(path) as image:
         return mask_ids(image, merge, str(path))
@@ -150,6 +158,8 @@ def mask_ids(image: Image.Image, merge: bool | str, label: str) -> np.ndarray:
 
 def mask_values(image: Image.Image, merge: bool | str, label: str) -> np.ndarray:
     """What an opened mask holds, `(height, width)`, in the file's own type; with `merge` also the most of colours."""
+    if not merge:
+        refuse_stretched(image, label)
     if image.mode in ("P", "L", "1") or image.mode.startswith(("I", "F")):
         return np.asarray(image)
     if not image.mode.startswith("RGB"):
@@ -161,21 +171,35 @@ def mask_values(image: Image.Image, merge: bool | str, label: str) -> np.ndarray
     return values
 
 
+def refuse_stretched(image: Image.Image, label: str) -> None:
+    """Refuses grays of two or four bits, unless they are decoded already: nothing tells what they were after that."""
+    for tile in getattr(image, "tile", ()):
+        if tile[3] in ("L;2", "L;4"):
+            raise ValueError(
+                f"{label} must hold ids in eight bits or as palette entries, got grays of {tile[3][-1]} bits, which "
+                "are read as shades from 0 to 255; save it with eight bits, or merge its values."
+            )
+
+
 def _as_uint8(values: np.ndarray) -> np.ndarray:
     """Values of masks, those of 16 and more bits clipped."""
     return np.ascontiguousarray(values if values.itemsize == 1 else np.clip(values, 0, VOID), dtype=np.uint8)
 
 
 def first_masks(paths: Iterable[Path]) -> list[np.ndarray]:
-    """Values of the first few masks, for [`uses_255`]; broken ones are passed over, decoding reports them."""
-    masks = []
-    for path in islice(paths, 8):
+    """Values of the first few masks that show something, for [`uses_255`]; decoding reports the broken ones."""
+    return list(islice((mask for mask in _readable_masks(paths) if mask.any()), 8))
+
+
+def _readable_masks(paths: Iterable[Path]) -> Iterator[np.ndarray]:
+    for path in paths:
         try:
             with Image.open(path) as image:
-                masks.append(_as_uint8(mask_values(image, False, str(path))))
+                mask = _as_uint8(mask_values(image, False, str(path)))
         except READ_ERRORS as error:
             _refuse_passing(error, str(path))
-    return masks
+        else:
+            yield mask
 
 
 def _refuse_passing(error: Exception, label: str) -> None:
@@ -190,12 +214,13 @@ def _refuse_passing(error: Exception, label: str) -> None:
 
 
 def uses_255(masks: Iterable[np.ndarray]) -> bool:
-    """Whether 255 is the object of some masks: nothing but 0 and 255, or anti-aliased grays up to 255."""
-    ids: set[int] = set()
-    for mask in masks:
-        ids.update(np.unique(mask).tolist())
-    ids.discard(0)
-    return VOID in ids and (len(ids) == 1 or len(ids) > 64)
+    """Whether 255 is the object of some masks: nothing but 0 and 255, or grays up to 255 along its edges."""
+    areas = sum((np.bincount(mask.ravel(), minlength=256) for mask in masks), np.zeros(256, int))
+    others = np.flatnonzero(areas[1:VOID]) + 1
+    # Edges have shades from dark to light and are thinner than what they surround. Ids hardly get as far as the light
+    # ones, and void that is a rim or unlabelled is less than they are.
+    is_edged = others.size > 0 and others[-1] > 127 and areas[VOID] > areas[others].sum()
+    return bool(areas[VOID] and (is_edged or not 1 <= others.size < 64))
 
 
 def _read_entry(entry: Frame, short_side: int, merge: bool | str, upscale: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -500,6 +500,8 @@ def _bars(height: int, width: int, generator: torch.Generator) -> torch.Tensor:
     middles = _uniform(generator, 1) * 0.5 + (torch.arange(count) - (count - 1) / 2) * _uniform(
         generator, 1, low=0.3, high=1.0
     )
+    # One of them is at most 0.5 from the middle, which all pictures reach but the narrowest.
+    middles *= min(1.0, 2 * width / height)
     # Never so thin that no pixel's centre is inside.
     widths = _uniform(generator, count, low=0.012, high=0.07).clamp_min(1.5 / height)
     return ((across - middles).abs() < widths).any(-1)

@@ -9,11 +9,18 @@ import torch
 from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling, SizeDict
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    ChannelDimension,
+    PILImageResampling,
+    SizeDict,
+)
 from transformers.processing_utils import ImagesKwargs
 
 
 STRIDE = 16
+CHANNELS = (1, 3, 4)
 FRAME = (
     "a PIL image, or an array or tensor of numbers, (height, width), (height, width, channels) or (channels, height, "
     "width), with 1, 3 or 4 channels and at least one pixel"
@@ -50,6 +57,9 @@ class DeformVosImageProcessor(PilBackend):
     numbers in 0..255 or 0..1. Sixteen-bit PIL images are brought to eight bits: those of mode `I;16` always, those of
     mode `I` where a value exceeds 255.
 
+    Where the first side and the last may both be channels, as in a frame of three rows or columns, an array's are the
+    last and a tensor's the first; `input_data_format` says otherwise.
+
     Args:
         size (`dict`, defaults to `{"shortest_edge": 480, "longest_edge": 1536}`):
             Upper bounds of the short and of the long side, in pixels; see [`network_size`].
@@ -81,12 +91,20 @@ class DeformVosImageProcessor(PilBackend):
                 raise ValueError(f'`size["{name}"]` must be a positive integer, a bound in pixels; got {side!r}.')
         return kwargs
 
-    def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list[Image.Image | np.ndarray]:
+    def _prepare_images_structure(
+        self, images, expected_ndims: int = 3
+    ) -> list[Image.Image | np.ndarray | torch.Tensor]:
         """Frames, batches and lists of them as one list; what a string names is fetched."""
         frames = [self.fetch_images(frame) if isinstance(frame, str) else frame for frame in _each_frame(images)]
         if not frames:
             raise ValueError(f"`images` holds no frame, got an empty {type(images).__name__}. A frame is {FRAME}.")
         return [_checked(frame, index) for index, frame in enumerate(frames)]
+
+    def process_image(self, image, do_convert_rgb=None, input_data_format=None, **kwargs) -> np.ndarray:
+        """As in transformers; of an array, the last side is the channels wherever it may be."""
+        if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[-1] in CHANNELS:
+            input_data_format = input_data_format or ChannelDimension.LAST
+        return super().process_image(image, do_convert_rgb, input_data_format, **kwargs)
 
     def convert_to_rgb(self, image, input_data_format=None) -> np.ndarray:
         """Pictures of any mode to RGB or grey; arrays stay, their channels are seen to later."""
@@ -143,8 +161,8 @@ def _each_frame(images) -> Iterator:
         yield images
 
 
-def _checked(image, index: int) -> Image.Image | np.ndarray:
-    """A picture as it is, anything else as an array of numbers; `ValueError` for what is no frame."""
+def _checked(image, index: int) -> Image.Image | np.ndarray | torch.Tensor:
+    """A picture as it is, anything else as an array or tensor of numbers; `ValueError` for what is no frame."""
     if isinstance(image, Image.Image):
         if 0 in image.size:
             raise ValueError(f"Frame {index} must be {FRAME}; got a picture of {image.width}x{image.height}.")
@@ -161,10 +179,10 @@ def _checked(image, index: int) -> Image.Image | np.ndarray:
             f"Frame {index} must hold colours or greys, got bool of shape {array.shape}. For black and white give "
             "`frame * 255`; masks go to `add_inputs_to_inference_session`."
         )
-    has_channels = array.ndim == 3 and not {array.shape[0], array.shape[-1]}.isdisjoint((1, 3, 4))
+    has_channels = array.ndim == 3 and not {array.shape[0], array.shape[-1]}.isdisjoint(CHANNELS)
     if array.dtype.kind not in "iuf" or array.size == 0 or not (array.ndim == 2 or has_channels):
         raise ValueError(f"Frame {index} must be {FRAME}; got {array.dtype} of shape {array.shape}.")
-    return array
+    return image if isinstance(image, torch.Tensor) else array
 
 
 def _picture_to_array(picture: Image.Image) -> np.ndarray:
@@ -187,7 +205,7 @@ def _to_uint8_rgb(image: np.ndarray, index: int) -> np.ndarray:
     Raises:
         ValueError: for NaN, other channel counts, or values that are no colours.
     """
-    if image.shape[0] not in (1, 3, 4):
+    if image.shape[0] not in CHANNELS:
         raise ValueError(
             f"Frame {index} must have 1, 3 or 4 channels, got {image.shape[0]} in {image.shape}; leave "
             "`input_data_format` and `do_convert_rgb` out."

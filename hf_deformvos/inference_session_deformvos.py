@@ -1,8 +1,10 @@
 """State of one video being segmented: frames come in, masks go out, and nothing grows with the length of the video."""
 
+import copy
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -147,14 +149,19 @@ class DeformVosInferenceSession:
     State of one video's segmentation. Made by [`DeformVosProcessor.init_video_session`]; any number of sessions can
     run on one model.
 
+    `copy.deepcopy` of a session is a snapshot, from which it can go on another way: the model, and a video that can be
+    read in any order, are shared.
+
     Args:
         video (sequence or iterable of frames, *optional*):
             Frames to be read as they are needed; none when frames are handed over one by one.
         prepare (`Callable`, *optional*):
             Turns a frame into (`(1, 3, height, width)` tensor, (original height, original width)).
-        inference_device (`torch.device` or `str`, *optional*): device to compute on; the model's by default.
+        inference_device (`torch.device` or `str`, *optional*):
+            Device to compute on, of the model's type, for the model is not moved; the model's by default.
         dtype (`torch.dtype` or `str`, *optional*):
-            Precision to compute in; the model's by default. A lower one than the weights' is reached by autocast.
+            Precision to compute in, float32, bfloat16 or float16; the model's by default. A lower one than the
+            weights' is reached by autocast.
         memory_interval (`int`, *optional*): overrides the model's `config.memory_interval`.
         long_term_slots (`int`, *optional*): overrides the model's `config.long_term_slots`.
     """
@@ -178,6 +185,14 @@ class DeformVosInferenceSession:
         self.long_term_slots = long_term_slots
         self.reset_tracking_data()
 
+    def __deepcopy__(self, memo: dict) -> "DeformVosInferenceSession":
+        memo[id(self._model)] = self._model
+        if self.source is not None and self.source.is_seekable:
+            memo[id(self.source._video)] = self.source._video
+        snapshot = copy.copy(self)
+        snapshot.__dict__.update(copy.deepcopy(vars(self), memo))
+        return snapshot
+
     def reset_tracking_data(self):
         """Forget objects, inputs and memory; keep the video, so that other objects can be followed through it."""
         self._inputs: dict[int, dict[int, torch.Tensor]] = {}
@@ -192,6 +207,7 @@ class DeformVosInferenceSession:
     def _restart(self):
         """Forget what was seen; the stream's position stays."""
         self._model: DeformVosModel | None = None
+        self._weights_dtype: torch.dtype | None = None
         self._objects: ObjectTable | None = None
         self._memory: MemoryBank | None = None
         self._frame_size: tuple[int, int] | None = None
@@ -275,19 +291,32 @@ class DeformVosInferenceSession:
         """
         if obj_id not in self.object_ids:
             raise ValueError(f"Object {obj_id} is unknown to this session, which follows {self.object_ids or 'none'}.")
+        if self._objects is not None and obj_id in self._objects:
+            with self._undone_on_error():
+                group, slot = self._objects.remove(obj_id)
+                groups = self._objects.num_groups
+                if groups:
+                    self._rewrite_memory(lambda masks: _take_out(masks, group, slot)[:groups])
+                else:
+                    self._restart()
         for frame_idx in list(self._inputs):
             self._inputs[frame_idx].pop(obj_id, None)
             if not self._inputs[frame_idx]:
                 del self._inputs[frame_idx]
-        if self._objects is not None and obj_id in self._objects:
-            group, slot = self._objects.remove(obj_id)
-            if not len(self._objects):
-                self._restart()
-                return
-            groups = self._objects.num_groups
-            self._rewrite_memory(lambda masks: _take_out(masks, group, slot)[:groups])
 
     # One frame
+
+    @contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        """All or nothing: what raises, an interrupt among it, leaves objects and memory as they were."""
+        before = {**vars(self), "_objects": copy.deepcopy(self._objects)}
+        if self._memory is not None:
+            before["_memory"] = replace(self._memory, long_term=list(self._memory.long_term))
+        try:
+            yield
+        except BaseException:
+            vars(self).update(before)
+            raise
 
     @torch.no_grad()
     def step(
@@ -303,8 +332,10 @@ class DeformVosInferenceSession:
 
         Raises:
             ValueError: if no object is known at this frame, the frame's size differs from the frames' before it, it
-                holds NaN or infinite values, or a stream is asked to go back.
+                holds NaN or infinite values, a stream is asked to go back, or the weights are of another dtype than
+                those of the frames before it.
         """
+        self._check_weights(model)
         frame_idx = self._next_frame_idx() if frame_idx is None else as_index(frame_idx, "frame_idx")
         self._check_order(frame_idx)
         pixel_values = self._pixel_values(model, frame, frame_idx)
@@ -317,17 +348,26 @@ class DeformVosInferenceSession:
                 "with `frame_idx` of this frame, or an earlier one, first."
             )
         self._check_joining(given, frame_idx)
-        with self._autocast(model):
-            features = model.encode_images(pixel_values)
-            # Nothing of the session has changed so far: a frame that is refused leaves it as it was.
-            joining = self._prepare_memory(model, frame_idx, given)
-            segmentation = None if self._memory.is_empty else model.segment(features, self._memory)
-            masks = self._masks(model, features, segmentation, given, joining)
-            self._remember(model, features, segmentation, masks, frame_idx, bool(given))
-        self._frame_size, self._last_frame_idx = frame_size, frame_idx
+        with self._undone_on_error():
+            with self._autocast(model):
+                features = model.encode_images(pixel_values)
+                joining = self._prepare_memory(model, frame_idx, given)
+                segmentation = None if self._memory.is_empty else model.segment(features, self._memory)
+                masks = self._masks(model, features, segmentation, given, joining)
+                self._remember(model, features, segmentation, masks, frame_idx, bool(given))
+            self._frame_size, self._last_frame_idx = frame_size, frame_idx
+            output = self._output(segmentation, given, frame_idx, output_attentions, output_hidden_states)
         if self.source is None or not self.source.is_seekable:
             self._inputs.pop(frame_idx, None)
-        return self._output(segmentation, given, frame_idx, output_attentions, output_hidden_states)
+        return output
+
+    def _check_weights(self, model: DeformVosModel):
+        """Refuses weights that cannot read the memory."""
+        if self._weights_dtype not in (None, model.dtype):
+            raise ValueError(
+                f"The model's weights must be {self._weights_dtype}, as at the frames before, got {model.dtype}; cast "
+                "the model back, or start another session."
+            )
 
     def _check_order(self, frame_idx: int):
         """Refuses to go past a frame whose masks wait for it to be handed over."""
@@ -391,9 +431,9 @@ class DeformVosInferenceSession:
     def _autocast(self, model: DeformVosModel):
         if self.dtype in (None, model.dtype):
             return nullcontext()
-        if self.dtype == torch.float32:
+        if self.dtype == torch.float32 or model.dtype.itemsize < 4:
             raise ValueError(
-                f"The session asks for float32, the model's weights are {model.dtype}: load it in float32."
+                f"The session asks for {self.dtype}, the model's weights are {model.dtype}: load it in {self.dtype}."
             )
         return torch.autocast(model.device.type, self.dtype)
 
@@ -410,7 +450,7 @@ class DeformVosInferenceSession:
         if self._memory is None:
             self._memory = MemoryBank(self.long_term_slots or model.config.long_term_slots)
             self._objects = ObjectTable(limit)
-            self._origin = frame_idx
+            self._origin, self._weights_dtype = frame_idx, model.dtype
         self._model = model
         for obj_id in given:
             self._objects.add(obj_id)
@@ -670,12 +710,12 @@ def as_index(value, name: str) -> int:
 
 
 def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A floating-point dtype by name or as it is."""
+    """A dtype to compute in, by name or as it is."""
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if named is not None and (not isinstance(named, torch.dtype) or not named.is_floating_point):
-        named = None
-    if dtype is not None and named is None:
-        raise ValueError(f"`dtype` must be a floating-point dtype such as float32 or bfloat16, got {dtype!r}.")
+    if dtype is not None and named not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"`dtype` must be float32, bfloat16 or float16, got {dtype!r}; leave it out to compute in the model's."
+        )
     return named
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -89,9 +90,11 @@ class DeformVosProcessor(ProcessorMixin):
                 A list, array `(num_frames, height, width, 3)` or tensor can be read in any order; an iterator (a
                 camera, a decoder) forwards only. Frames are prepared as they are needed, none is kept. Without a
                 video, hand frames over one at a time: `model(inference_session=session, frame=pixel_values)`.
-            inference_device, device (`torch.device` or `str`, *optional*): the model's device by default.
+            inference_device, device (`torch.device` or `str`, *optional*):
+                The model's device by default. The model is not moved: the type, such as `cuda`, must be its own.
             dtype (`torch.dtype` or `str`, *optional*):
-                Precision to compute in, such as `torch.bfloat16`; the model's by default.
+                Precision to compute in, float32, bfloat16 or float16, no higher than the weights'; the model's by
+                default.
             short_side (`int`, *optional*): overrides the processor's `size["shortest_edge"]` for `video`.
             memory_interval, long_term_slots (`int`, *optional*): override the model's configuration.
 
@@ -116,18 +119,20 @@ class DeformVosProcessor(ProcessorMixin):
         if short_side is not None and as_index(short_side, "short_side") < 1:
             raise ValueError(f"`short_side` must be at least 1, got {short_side}.")
 
-        def prepare(frame):
-            frame = getattr(frame, "image", frame)  # of a decoder, as `hf_deformvos.video.VideoReader` is one
-            options = {}
-            if short_side is not None:
-                size = dict(self.image_processor.size)
-                options["size"] = {**{k: v for k, v in size.items() if v is not None}, "shortest_edge": short_side}
-            inputs = self.image_processor(frame, return_tensors="pt", **options)
-            return inputs["pixel_values"], inputs["original_sizes"][0]
-
+        prepare = partial(self._prepare_video_frame, short_side)
         return DeformVosInferenceSession(
             video, prepare, inference_device or device, dtype, memory_interval, long_term_slots
         )
+
+    def _prepare_video_frame(self, short_side: int | None, frame) -> tuple[torch.Tensor, tuple[int, int]]:
+        """A frame of a session's video: pixel values, and (height, width) as it was."""
+        frame = getattr(frame, "image", frame)  # of a decoder, as `hf_deformvos.video.VideoReader` is one
+        options = {}
+        if short_side is not None:
+            size = dict(self.image_processor.size)
+            options["size"] = {**{k: v for k, v in size.items() if v is not None}, "shortest_edge": short_side}
+        inputs = self.image_processor(frame, return_tensors="pt", **options)
+        return inputs["pixel_values"], inputs["original_sizes"][0]
 
     def add_inputs_to_inference_session(
         self,

@@ -86,6 +86,30 @@ def test_every_kind_of_frame_is_the_same_frame(kind, frame):
     torch.testing.assert_close(processor(same).pixel_values[0], processor(frame).pixel_values[0])
 
 
+# Frames, (height, width, channels), whose first side could be channels too.
+LOW = [(1, 120, 3), (3, 120, 3), (4, 120, 3), (3, 120, 4), (3, 120, 1), (1, 1, 3)]
+
+
+@pytest.mark.parametrize("shape", LOW)
+def test_low_frames_are_what_their_pictures_are(shape):
+    frame = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    first = np.moveaxis(frame, -1, 0)
+    processor = DeformVosImageProcessor()
+    expected = processor(Image.fromarray(frame.squeeze(-1) if shape[-1] == 1 else frame))
+    assert expected.original_sizes == [shape[:2]]
+    for same, options in (
+        (frame, {}),
+        (frame[None], {}),
+        (frame / 255, {}),
+        (first, {"input_data_format": "channels_first"}),
+        (torch.from_numpy(first), {}),
+        (torch.from_numpy(frame), {"input_data_format": "channels_last"}),
+    ):
+        inputs = processor(same, **options)
+        assert inputs.original_sizes == expected.original_sizes
+        torch.testing.assert_close(inputs.pixel_values, expected.pixel_values)
+
+
 GREYS = {
     "one channel": lambda grey: grey[..., None],
     "height, width": lambda grey: grey,

@@ -1,5 +1,8 @@
 """Sessions: streaming equals training, objects come and go, nothing grows, and mistakes are named."""
 
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +13,7 @@ from conftest import TINY_CONFIG
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-from hf_deformvos import DeformVosConfig, DeformVosModel
+from hf_deformvos import DeformVosConfig, DeformVosModel, inference_session_deformvos
 from hf_deformvos.inference_session_deformvos import ObjectTable
 
 
@@ -545,6 +548,106 @@ def test_reset(tiny_model, tiny_processor, tiny_clip):
     assert session.object_ids == []
 
 
+@pytest.mark.parametrize("short_side", [None, 64])
+def test_a_session_is_pickled_with_its_video(short_side, tiny_model, tiny_processor, tiny_clip):
+    frames, ids = tiny_clip
+    session = open_session(tiny_processor, list(frames), ids[0], short_side=short_side)
+    restored = pickle.loads(pickle.dumps(session))
+    both = (tiny_model.propagate_in_video_iterator(each) for each in (restored, session))
+    for one, other in zip(*both, strict=True):
+        assert one.object_ids == other.object_ids and torch.equal(one.pred_masks, other.pred_masks)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda session: pickle.loads(pickle.dumps(session))])
+def test_a_copy_of_a_session_goes_on_by_itself(duplicate, tiny_model, tiny_processor, tiny_clip):
+    frames, ids = tiny_clip
+    session = open_session(tiny_processor, None, ids[0])
+    stream(tiny_model, tiny_processor, session, frames[:3])
+    other = duplicate(session)
+    assert other.num_bytes == session.num_bytes
+    other.remove_object(1)
+    (without,) = stream(tiny_model, tiny_processor, other, frames[3:4])
+    assert without.object_ids == [2]
+    outputs = stream(tiny_model, tiny_processor, session, frames[3:])
+    whole = stream(tiny_model, tiny_processor, open_session(tiny_processor, None, ids[0]), frames)
+    assert all(torch.equal(one.pred_masks, same.pred_masks) for one, same in zip(outputs, whole[3:], strict=True))
+
+
+def test_a_snapshot_shares_the_model_and_the_video(tiny_model, tiny_processor, tiny_clip):
+    frames, ids = tiny_clip
+
+    class Video(list):
+        def __deepcopy__(self, memo):
+            pytest.fail("the video is copied")
+
+    tiny_model.__deepcopy__ = lambda memo: pytest.fail("the model is copied")
+    session = open_session(tiny_processor, Video(frames), ids[0])
+    steps = tiny_model.propagate_in_video_iterator(session)
+    next(steps)
+    snapshot = copy.deepcopy(session)
+    expected = list(steps)
+    outputs = [tiny_model(inference_session=snapshot) for _ in expected]
+    assert all(torch.equal(one.pred_masks, same.pred_masks) for one, same in zip(outputs, expected, strict=True))
+
+
+def test_a_session_may_go_from_thread_to_thread(tiny_model, tiny_processor, tiny_clip):
+    frames, ids = tiny_clip
+    expected = list(tiny_model.propagate_in_video_iterator(open_session(tiny_processor, iter(frames), ids[0])))
+    steps = tiny_model.propagate_in_video_iterator(open_session(tiny_processor, iter(frames), ids[0]))
+    for output in expected:
+        with ThreadPoolExecutor(1) as thread:
+            masks = thread.submit(next, steps).result().pred_masks
+        assert torch.equal(masks, output.pred_masks) and not masks.requires_grad
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("part", ["encode_images", "rewrite", "segment", "remember", "output"])
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_step_that_fails_halfway_leaves_the_session_as_it_was(part, reset, monkeypatch, tiny_processor, tiny_clip):
+    """Also where the frame brings an object, and with it a group."""
+    frames, ids = tiny_clip
+    model = DeformVosModel(DeformVosConfig(**{**TINY_CONFIG, "max_objects": 1})).eval()
+
+    def follow(session):
+        tiny_processor.add_inputs_to_inference_session(session, 0, obj_ids=[1], input_masks=[ids[0] == 1])
+        stream(model, tiny_processor, session, frames[:2])
+        tiny_processor.add_inputs_to_inference_session(session, 2, obj_ids=[9], input_masks=[ids[2] == 2])
+        return session
+
+    expected = stream(model, tiny_processor, follow(tiny_processor.init_video_session()), frames[2:])
+    session = follow(tiny_processor.init_video_session())
+    held = session.num_bytes
+    with monkeypatch.context() as patch:
+        owner, name = (inference_session_deformvos, "DeformVosVideoOutput") if part == "output" else (model, part)
+        patch.setattr(owner, name, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            stream(model, tiny_processor, session, frames[2:3])
+    assert session.num_bytes == held
+    if reset:
+        session.reset_tracking_data()
+        assert session.num_bytes == 0
+        follow(session)
+    for output, same in zip(stream(model, tiny_processor, session, frames[2:]), expected, strict=True):
+        assert (output.frame_idx, output.object_ids) == (same.frame_idx, same.object_ids)
+        assert torch.equal(output.pred_masks, same.pred_masks)
+
+
+def test_a_removal_that_fails_takes_nothing(monkeypatch, tiny_model, tiny_processor, tiny_clip):
+    frames, ids = tiny_clip
+    session = open_session(tiny_processor, None, ids[0])
+    stream(tiny_model, tiny_processor, session, frames[:2])
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny_model, "rewrite", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            session.remove_object(2)
+    assert session.object_ids == [1, 2]
+    session.remove_object(2)
+    assert session.object_ids == [1] and not session._memory.previous.masks[:, 2].any()
+
+
 def test_mask_of_another_size_is_resized(tiny_model, tiny_processor, tiny_clip, caplog):
     frames, ids = tiny_clip
     large = np.kron(ids[0], np.ones((3, 3), np.uint8))
@@ -563,6 +666,35 @@ def test_lower_precision_by_autocast(dtype, tiny_model, tiny_processor, tiny_cli
     assert tiny_model.dtype == torch.float32
     assert (outputs[-1].pred_masks - reference[-1].pred_masks).abs().mean() < 0.1
     assert outputs[-1].pred_masks.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, "double", torch.float8_e4m3fn, torch.int32])
+def test_dtypes_that_nothing_computes_in_are_refused(dtype, tiny_processor):
+    with pytest.raises(ValueError, match=f"`dtype` must be float32, bfloat16 or float16, got '?{dtype}'?; leave it"):
+        tiny_processor.init_video_session(dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_dtype_that_the_weights_do_not_hold_is_refused(dtype, tiny_model, tiny_processor, tiny_clip):
+    frames, ids = tiny_clip
+    session = open_session(tiny_processor, None, ids[0], dtype=dtype)
+    with pytest.raises(ValueError, match=f"asks for {dtype}, the model's weights are torch.bfloat16: load it in"):
+        stream(tiny_model.to(torch.bfloat16), tiny_processor, session, frames[:1])
+
+
+@pytest.mark.parametrize("is_same", [False, True])
+def test_weights_of_another_dtype_than_the_memorys_are_refused(is_same, tiny_model, tiny_processor, tiny_clip):
+    frames, ids = tiny_clip
+    session = open_session(tiny_processor, None, ids[0])
+    stream(tiny_model, tiny_processor, session, frames[:1])
+    cast = (tiny_model if is_same else copy.deepcopy(tiny_model)).to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"weights must be torch\.float32, .* got torch\.bfloat16; cast the model"):
+        stream(cast, tiny_processor, session, frames[1:2])
+    (output,) = stream(tiny_model.float(), tiny_processor, session, frames[1:2])
+    assert output.frame_idx == 1, "the session goes on"
+    session.reset_tracking_data()
+    tiny_processor.add_inputs_to_inference_session(session, 0, input_masks=ids[0])
+    assert len(stream(cast.to(torch.bfloat16), tiny_processor, session, frames[:2])) == 2
 
 
 def test_auto_classes_load_what_was_saved(tiny_model, tiny_processor, tiny_clip, tmp_path):

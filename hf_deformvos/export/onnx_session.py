@@ -18,12 +18,15 @@ for output in model.propagate_in_video_iterator(session):
 ```
 """
 
+import copy
 import json
 import logging
 import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from numbers import Integral
 
 import numpy as np
@@ -35,6 +38,7 @@ logger = logging.getLogger(__name__)
 SETTINGS_FILE = "deformvos_export.json"
 GRAPHS = ("encode", "start", "read", "write")
 STRIDE = 16
+CHANNELS = (1, 3, 4)
 FRAME = (
     "a PIL image, or an array or tensor of numbers, (height, width), (height, width, channels) or (channels, height, "
     "width), with 1, 3 or 4 channels and at least one pixel"
@@ -110,6 +114,7 @@ class OnnxGraphs:
         except ImportError as error:
             raise ValueError(f"{os.fspath(folder)} needs onnxruntime: `pip install onnxruntime`.") from error
 
+        self._arguments = os.path.abspath(folder), num_threads, providers
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         if num_threads is not None:
@@ -122,6 +127,10 @@ class OnnxGraphs:
         self._outputs = {
             name: [output.name for output in session.get_outputs()] for name, session in self._sessions.items()
         }
+
+    def __reduce__(self) -> tuple:
+        # onnxruntime's sessions cannot be pickled.
+        return type(self), self._arguments
 
     def __call__(self, name: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs of a graph by name."""
@@ -240,6 +249,9 @@ class OnnxDeformVosProcessor:
     numbers in 0..255 or 0..1. Sixteen-bit PIL images are brought to eight bits: those of mode `I;16` always, those of
     mode `I` where a value exceeds 255.
 
+    Where the first side and the last may both be channels, as in a frame of three rows or columns, an array's are the
+    last and a tensor's the first.
+
     Args:
         size (`dict[str, int]`): upper bounds of the sides, `shortest_edge` and, optionally, `longest_edge`, in pixels.
         resample (`int`): Pillow's resampling filter.
@@ -342,12 +354,12 @@ class OnnxDeformVosProcessor:
         if short_side is not None and as_index(short_side, "short_side") < 1:
             raise ValueError(f"`short_side` must be at least 1, got {short_side}.")
         size = self.size if short_side is None else {**self.size, "shortest_edge": short_side}
+        return OnnxInferenceSession(video, partial(self._prepare_video_frame, size), memory_interval, long_term_slots)
 
-        def prepare(frame):
-            inputs = self.prepare(getattr(frame, "image", frame), size)
-            return inputs.pixel_values, inputs.original_sizes[0]
-
-        return OnnxInferenceSession(video, prepare, memory_interval, long_term_slots)
+    def _prepare_video_frame(self, size: dict[str, int], frame) -> tuple[np.ndarray, tuple[int, int]]:
+        """A frame of a session's video: pixel values, and (height, width) as it was."""
+        inputs = self.prepare(getattr(frame, "image", frame), size)
+        return inputs.pixel_values, inputs.original_sizes[0]
 
     def add_inputs_to_inference_session(
         self,
@@ -466,7 +478,7 @@ def _checked(image, index: int) -> Image.Image | np.ndarray:
             f"Frame {index} must hold colours or greys, got bool of shape {array.shape}. For black and white give "
             "`frame * 255`; masks go to `add_inputs_to_inference_session`."
         )
-    has_channels = array.ndim == 3 and not {array.shape[0], array.shape[-1]}.isdisjoint((1, 3, 4))
+    has_channels = array.ndim == 3 and not {array.shape[0], array.shape[-1]}.isdisjoint(CHANNELS)
     if array.dtype.kind not in "iuf" or array.size == 0 or not (array.ndim == 2 or has_channels):
         raise ValueError(f"Frame {index} must be {FRAME}; got {array.dtype} of shape {array.shape}.")
     return array
@@ -492,10 +504,11 @@ def _to_uint8_rgb(image, index: int) -> np.ndarray:
     Raises:
         ValueError: for what is no frame, NaN, or values that are no colours.
     """
+    is_tensor = hasattr(image, "detach")
     image = _checked(image, index)
     if isinstance(image, Image.Image):
         image = _picture_to_array(image)
-    elif image.ndim == 3 and image.shape[0] in (1, 3, 4):
+    elif image.ndim == 3 and image.shape[0] in CHANNELS and (is_tensor or image.shape[-1] not in CHANNELS):
         image = np.moveaxis(image, 0, -1)
     if image.ndim == 2:
         image = image[..., None]
@@ -833,6 +846,10 @@ class MemoryBank:
     previous: MemoryFrame | None = None
     _stacked: tuple[np.ndarray, np.ndarray] | None = None
 
+    def __getstate__(self) -> dict:
+        # A copy's frames would no longer look into the stack.
+        return {**vars(self), "_stacked": None}
+
     def write(self, frame: MemoryFrame, to_long_term: bool):
         """Make `frame` the previous frame, and a long-term one where asked; evict what exceeds the bound."""
         self.previous = frame
@@ -894,6 +911,9 @@ class OnnxInferenceSession:
     State of one video's segmentation. Made by [`OnnxDeformVosProcessor.init_video_session`]; any number of sessions
     can run on one model.
 
+    `copy.deepcopy` of a session is a snapshot, from which it can go on another way: the model, and a video that can be
+    read in any order, are shared.
+
     Args:
         video (sequence or iterable of frames, *optional*):
             Frames to be read as they are needed; none when frames are handed over one by one.
@@ -916,6 +936,14 @@ class OnnxInferenceSession:
         self.memory_interval = memory_interval
         self.long_term_slots = long_term_slots
         self.reset_tracking_data()
+
+    def __deepcopy__(self, memo: dict) -> "OnnxInferenceSession":
+        memo[id(self._model)] = self._model
+        if self.source is not None and self.source.is_seekable:
+            memo[id(self.source._video)] = self.source._video
+        snapshot = copy.copy(self)
+        snapshot.__dict__.update(copy.deepcopy(vars(self), memo))
+        return snapshot
 
     def reset_tracking_data(self):
         """Forget objects, inputs and memory; keep the video, so that other objects can be followed through it."""
@@ -1016,17 +1044,21 @@ class OnnxInferenceSession:
         """
         if obj_id not in self.object_ids:
             raise ValueError(f"Object {obj_id} is unknown to this session, which follows {self.object_ids or 'none'}.")
+        if self._objects is not None and obj_id in self._objects.object_ids:
+            with self._undone_on_error():
+                self._take_out(obj_id)
         for frame_idx in list(self._inputs):
             self._inputs[frame_idx].pop(obj_id, None)
             if not self._inputs[frame_idx]:
                 del self._inputs[frame_idx]
-        if self._objects is None or obj_id not in self._objects.object_ids:
-            return
+
+    def _take_out(self, obj_id: int):
+        """Take an object that is followed out of the memory."""
         group, slot = self._objects.remove(obj_id)
-        if not self._objects.object_ids:
+        groups = self._objects.num_groups
+        if not groups:
             self._restart()
             return
-        groups = self._objects.num_groups
 
         def take_out(frame: MemoryFrame) -> MemoryFrame:
             masks = frame.masks.copy()
@@ -1038,6 +1070,18 @@ class OnnxInferenceSession:
             self._memory.replace(take_out)
 
     # One frame
+
+    @contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        """All or nothing: what raises, an interrupt among it, leaves objects and memory as they were."""
+        before = {**vars(self), "_objects": copy.deepcopy(self._objects)}
+        if self._memory is not None:
+            before["_memory"] = replace(self._memory, long_term=list(self._memory.long_term))
+        try:
+            yield
+        except BaseException:
+            vars(self).update(before)
+            raise
 
     def step(self, model: OnnxDeformVos, frame: np.ndarray | None, frame_idx: int | None) -> OnnxDeformVosOutput:
         """Segment one frame and remember it; see [`OnnxDeformVos.__call__`]."""
@@ -1053,17 +1097,18 @@ class OnnxInferenceSession:
                 "with `frame_idx` of this frame, or an earlier one, first."
             )
         self._check_joining(given, frame_idx)
-        features = model.graphs("encode", {"pixel_values": pixel_values})
-        # Nothing of the session has changed so far: a frame that is refused leaves it as it was.
-        joining = self._prepare_memory(model, frame_idx, given)
-        # The memory has never seen the objects that join here: nothing may be predicted for them.
-        read = None if self._is_empty else self._read(features, self._objects.valid(without=joining))
-        masks = self._masks(features, read, given)
-        self._remember(features, read, masks, frame_idx, bool(given))
-        self._frame_size, self._last_frame_idx = frame_size, frame_idx
+        with self._undone_on_error():
+            features = model.graphs("encode", {"pixel_values": pixel_values})
+            joining = self._prepare_memory(model, frame_idx, given)
+            # The memory has never seen the objects that join here: nothing may be predicted for them.
+            read = None if self._is_empty else self._read(features, self._objects.valid(without=joining))
+            masks = self._masks(features, read, given)
+            self._remember(features, read, masks, frame_idx, bool(given))
+            self._frame_size, self._last_frame_idx = frame_size, frame_idx
+            output = self._output(read, given, frame_idx)
         if self.source is None or not self.source.is_seekable:
             self._inputs.pop(frame_idx, None)
-        return self._output(read, given, frame_idx)
+        return output
 
     def _check_order(self, frame_idx: int):
         """Refuses to go past a frame whose masks wait for it to be handed over."""

@@ -132,6 +132,13 @@ class DeformVosConfig(PreTrainedConfig):
     def custom_pipelines(self, entries: dict):
         self.__dict__["custom_pipelines"] = dict(entries)
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers; values that replace those of the file are checked as these are."""
+        loaded = super().from_dict(config_dict, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).validate()
+        return loaded
+
     def validate_architecture(self):
         """Check the rules that bind fields to each other, and the ranges of single ones."""
         _require_choice("backbone", self.backbone, BACKBONES)

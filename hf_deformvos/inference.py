@@ -126,15 +126,15 @@ def resolve_device(device: str | None) -> torch.device:
     The device of that name, by default CUDA, then MPS, then the CPU.
 
     Raises:
-        ValueError: if there is no such device here.
+        ValueError: if there is no such device here, or it does not compute.
     """
     if device is None:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(
             f"`device` must be one that PyTorch can use here (cpu, cuda, cuda:1, mps ...), got {device!r} "
             f"({str(error).splitlines()[0]}); leave it out to take the fastest one."
@@ -193,14 +193,15 @@ def load_checkpoint(name: str, device: str | None = None, overrides: dict | None
         unknown = sorted(set(overrides) - set(AutoConfig.from_pretrained(name).to_dict()))
         if unknown:
             raise ValueError(f"The configuration of {name} has no field {', '.join(unknown)}; see its config.json.")
-    options = {"dtype": torch.float32, "output_loading_info": True}
+    # Weights of another shape are named below, with those that are missing.
+    options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, report = AutoModel.from_pretrained(name, **options, **(overrides or {}))
     except StrictDataclassError as error:
         raise ValueError(f"The configuration of {name} does not take {overrides or 'its values'}: {error}") from error
     if not isinstance(model, DeformVosModel):
         raise ValueError(f"{name} holds a {type(model).__name__}; a DeformVosModel is needed.")
-    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    missing = sorted(report["missing_keys"]) + sorted(name for name, *_ in report["mismatched_keys"])
     if missing:
         raise ValueError(
             f"The checkpoint {name} does not fit its configuration: {len(missing)} weights are missing or of another "

@@ -571,6 +571,16 @@ def test_real_model_runs_through_the_public_interface(tmp_path, tiny_model, tiny
     )
     model, _ = load_pretrained(changed)
     assert (model.config.use_offsets, model.config.long_term_slots) == (False, 1)
+    for overrides, message in (
+        ({"memory_interval": 0}, "`memory_interval` must be at least 1, got 0"),
+        ({"short_term_window": 4}, "`short_term_window` must be odd"),
+        (
+            {"max_objects": 2},
+            "does not fit its configuration: 3 weights are missing or of another shape, among them dec",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_pretrained(RunnerConfig(str(tmp_path / "model"), overrides=overrides))
     with pytest.raises(ValueError, match="no field use_offset;"):
         load_pretrained(RunnerConfig(str(tmp_path / "model"), overrides={"use_offset": False}))
     with pytest.raises(ValueError, match=r"(?s)does not take \{'memory_interval': 'abc'\}.*expected int, got str"):

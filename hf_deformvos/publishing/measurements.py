@@ -256,8 +256,9 @@ def render_stages(records: list[dict]) -> str:
     titles = ["runs as, frames, objects", "stage", "median", "95th percentile"]
     titles += ["of the product rate", "of the copy rate", "of its bound"]
     rates = [
-        f"When {_name_of(record)} was measured, the machine reached {record['rates']['matmul_gmacs']:.0f} thousand million "
-        f"multiply-accumulates and copied {record['rates']['copy_gbytes']:.1f} GB a second, in {hardware_of(record)}."
+        f"When {_name_of(record)} was measured, the machine reached {record['rates']['matmul_gmacs']:.0f} thousand "
+        f"million multiply-accumulates and copied {record['rates']['copy_gbytes']:.1f} GB a second, in "
+        f"{hardware_of(record)}."
         for record in records
         if "rates" in record
     ]

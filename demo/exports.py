@@ -15,8 +15,6 @@ from workspace import PALETTE, DemoError, Workspace
 from hf_deformvos.video import H264Writer, mask_file_name
 
 
-# H.264 states the rate as a fraction of small whole numbers.
-_MIN_FPS = 0.01
 _CLOSED = "This page was closed; there is nothing left to save."
 
 
@@ -42,7 +40,7 @@ def write_overlay(workspace: Workspace, path: str | os.PathLike) -> Iterator[flo
         first, last = int(done[0]), int(done[-1])
         start, total = workspace.timestamp(first), last - first + 1
         try:
-            with H264Writer(path, max(workspace.facts.fps, _MIN_FPS)) as writer:
+            with H264Writer(path, workspace.facts.fps) as writer:
                 for frame_idx in range(first, last + 1):
                     writer.write(workspace.overlay(frame_idx), workspace.timestamp(frame_idx) - start)
                     workspace.touch()

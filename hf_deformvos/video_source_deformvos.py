@@ -22,6 +22,9 @@ _FOLDER_FPS = 24.0
 _NOT_VIDEO_FORMATS = ("tty",)
 # How much of a file's stated duration may be missing at its end before it counts as cut: muxers round.
 _DURATION_SLACK_S = 0.5
+# Decoders that read the transparency which WebM stores beside the picture; FFmpeg's own pass over it.
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+_ACCEPTED = "a video file or a folder of images"
 
 
 class VideoError(ValueError):
@@ -72,10 +75,11 @@ class FileSource:
     kind = "file"
     live = False
 
-    def __init__(self, path: str, num_threads: int, container_format: str | None = None):
+    def __init__(self, path: str, num_threads: int, container_format: str | None = None, accepted: str = _ACCEPTED):
         self.path = self.name = path
         self.num_threads = num_threads
         self.container_format = container_format
+        self.accepted = accepted
         self.fps = self.num_frames = self.codec = None
         self.seekable = os.path.isfile(path)
         self.truncated = False
@@ -84,14 +88,14 @@ class FileSource:
             raise VideoError(f"{path} is empty (0 bytes); a video was expected. Copy or download it again.")
 
     def _open(self) -> tuple:
-        """Opens the container and picks its first true video stream."""
+        """Opens the container, picks its first true video stream, and a decoder for it."""
         av = import_av()
         try:
             container = av.open(self.path, format=self.container_format)
         except av.FFmpegError as error:
             raise VideoError(
                 f"{self.name} is not a video that FFmpeg can read ({error.strerror}); is it complete? "
-                "Pass a video file, a folder of images or a camera number."
+                f"Pass {self.accepted}."
             ) from error
         # An audio file's cover picture is stored as a video stream.
         streams = [
@@ -103,24 +107,24 @@ class FileSource:
             if found == "video":
                 found = "text or pictures"
             raise VideoError(f"{self.name} has no video stream (found: {found}); pass a file that holds video.")
-        stream = streams[0]
-        stream.thread_type = "AUTO"
+        decoder = _decoder(streams[0])
+        decoder.thread_type = "AUTO"
         if self.num_threads:
-            stream.codec_context.thread_count = self.num_threads
-        return container, stream
+            decoder.thread_count = self.num_threads
+        return container, streams[0], decoder
 
     def frames(self) -> Iterator[VideoFrame]:
-        """Decodes from the start; skips what is damaged and counts it."""
-        container, stream = self._open()
+        """Decodes from the start; counts what FFmpeg finds damaged, skipped or patched."""
+        container, stream, decoder = self._open()
         self.truncated, self.num_damaged = False, 0
         rate = stream.average_rate or stream.guessed_rate
         self.fps = float(rate) if rate else None
         self.num_frames = stream.frames or None
-        self.codec = stream.codec_context.name
+        self.codec = decoder.name
         first_time, end, index, matrix = None, 0.0, 0, None
         try:
             started = time.perf_counter()
-            for decoded in self._decode(container, stream):
+            for decoded in self._decode(container, stream, decoder):
                 # FFmpeg gives every frame the stream's matrix. One is asked: PyAV's frame and its side data hold each
                 # other, and with them the picture, until the garbage collector comes by, which for that one is soon.
                 if index == 0 and (found := decoded.side_data.get("DISPLAYMATRIX")) is not None:
@@ -140,7 +144,7 @@ class FileSource:
         finally:
             container.close()
 
-    def _decode(self, container, stream) -> Iterator:
+    def _decode(self, container, stream, decoder) -> Iterator:
         """All frames that decode, in order of display, as PyAV has them."""
         errors = import_av().FFmpegError
         packets, num_packets = container.demux(stream), 0
@@ -155,10 +159,13 @@ class FileSource:
                 self.truncated = True
                 break
             try:
-                yield from packet.decode()
+                frames = decoder.decode(packet)
             except errors:
-                damaged = True
+                frames, damaged = [], True
             self.num_damaged += damaged
+            for frame in frames:
+                self.num_damaged += frame.is_corrupt
+                yield frame
         # mp4 lists every packet in its header; other formats build the list while they read, and it always matches.
         self.truncated = self.truncated or num_packets < len(stream.index_entries)
 
@@ -230,6 +237,15 @@ def natural_key(name: str) -> list:
     return [(0, int(part), "") if part[0] in "0123456789" else (1, 0, part.lower()) for part in parts]
 
 
+def _decoder(stream):
+    """The stream's decoder, or one that sees its transparency where FFmpeg was built with it."""
+    av = import_av()
+    name = _ALPHA_DECODERS.get(stream.codec_context.name)
+    if stream.metadata.get("alpha_mode") == "1" and name in av.codecs_available:
+        return av.CodecContext.create(name, "r")
+    return stream.codec_context
+
+
 def _to_rgb(frame) -> np.ndarray:
     """PyAV's decoded picture as RGB, `uint8`."""
     if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
@@ -267,9 +283,9 @@ def _ends_early(stream, end: float) -> bool:
     return int(hours) * 3600 + int(minutes) * 60 + float(seconds) - end > _DURATION_SLACK_S
 
 
-def open_source(path: str, num_threads: int = 0) -> FileSource | FolderSource:
+def open_source(path: str, num_threads: int = 0, accepted: str = _ACCEPTED) -> FileSource | FolderSource:
     """
-    A folder of images, or anything else that FFmpeg reads.
+    A folder of images, or anything else that FFmpeg reads; errors name what is `accepted`.
 
     Raises:
         VideoError: if there is no such file or folder, or nothing in it.
@@ -277,14 +293,14 @@ def open_source(path: str, num_threads: int = 0) -> FileSource | FolderSource:
     if os.path.isdir(path):
         return FolderSource(path)
     if "://" not in path and not os.path.exists(path):
-        raise VideoError(f"{path} does not exist; pass a video file, a folder of images or a camera number.")
-    return FileSource(path, num_threads)
+        raise VideoError(f"{path} does not exist; pass {accepted}.")
+    return FileSource(path, num_threads, accepted=accepted)
 
 
 def warn_of_damage(source: FileSource | FolderSource):
-    """Say so, once it has been read, if frames of a video are missing."""
+    """Say so, once it has been read, if FFmpeg found frames of a video missing or damaged."""
     if source.truncated or source.num_damaged:
-        lost = f"{source.num_damaged} packets did not decode" if source.num_damaged else ""
+        lost = f"{source.num_damaged} packets or frames did not decode as they should" if source.num_damaged else ""
         early = "it ends before its header says it should" if source.truncated else ""
         logger.warning(f"{source.name} is damaged: {', and '.join(filter(None, (lost, early)))}.")
 

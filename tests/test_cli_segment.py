@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from contextlib import contextmanager
+import tracemalloc
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -251,6 +254,49 @@ def test_folder_of_images(tmp_path, clip, fake):
     assert [frame["mask"] for frame in results["frames"]] == [f"masks/{t:05d}.png" for t in range(3)]
 
 
+def test_results_have_a_line_a_frame_whatever_the_names(tmp_path, clip, fake, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("FRAMES")
+    folder.mkdir()
+    for t in range(3):
+        Image.fromarray(make_frame(t)).save(folder / f"{t}.png")
+    for num_frames in (1, 3):
+        arguments = ["--mask", clip[1], "--output", tmp_path / "out", "--max-frames", num_frames, "--overwrite"]
+        assert run(folder, *arguments) == 0
+        results = results_of(tmp_path / "out")
+        assert results["video"]["source"] == "FRAMES"
+        frames = ",\n    ".join(json.dumps(frame) for frame in results.pop("frames"))
+        expected = f'{json.dumps(results, indent=2)[:-2]},\n  "frames": [\n    {frames}\n  ]\n}}\n'
+        assert (tmp_path / "out" / "results.json").read_text(encoding="utf-8") == expected
+
+
+def test_memory_does_not_grow_with_the_video(tmp_path, fake):
+    video, ids = write_video(tmp_path / "long.mp4", 150), np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    ids[:6, :10] = np.arange(1, 61).reshape(6, 10)
+    write_palette_png(tmp_path / "many.png", ids)
+
+    def peak(num_frames: int) -> int:
+        arguments = ["--mask", tmp_path / "many.png", "--output", tmp_path / "out", "--overwrite"]
+        tracemalloc.start()
+        try:
+            assert run(video, *arguments, "--max-frames", num_frames) == 0
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(20)  # imports what is imported once
+    assert peak(150) < peak(50) + 1_000_000
+
+
+def test_medians_of_timings():
+    seconds = np.random.default_rng(0).lognormal(-4, 1, 20_001)
+    median = segment._Median()
+    for taken in seconds:
+        median.add(taken)
+    assert median.value() == pytest.approx(np.median(seconds), rel=5e-3)
+    assert len(median._counts) < 5_000
+
+
 def test_mask_of_another_size_warns(tmp_path, clip, fake, capsys):
     import logging
 
@@ -313,6 +359,26 @@ def test_what_is_no_video(tmp_path, clip, fake, capsys, name, content, message):
     assert run(tmp_path / name, "--mask", clip[1], "--output", tmp_path / "out") == 2
     assert message in error_of(capsys)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
+def test_a_pipe_is_followed_but_not_adapted_to(tmp_path, clip, fake, capsys):
+    whole, pipe = Path(write_noise(tmp_path / "whole.mp4", 4)), tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    def fill():
+        with suppress(BrokenPipeError):
+            pipe.write_bytes(whole.read_bytes())
+
+    for options, code in ([["--adapt-steps", 1], 2], [[], 0]):
+        thread = threading.Thread(target=fill, daemon=True)
+        thread.start()
+        assert run(pipe, "--mask", clip[1], "--output", tmp_path / "out", *options) == code
+        thread.join(10)
+        if code == 2:
+            assert "VIDEO must be a file or a folder for --adapt, which reads it twice, got" in error_of(capsys)
+            assert not (tmp_path / "out").exists()
+    assert len(results_of(tmp_path / "out")["frames"]) == 4
 
 
 def test_mask_mistakes(tmp_path, clip, fake, capsys):
@@ -415,6 +481,14 @@ def test_argparse_mistakes_exit_2(clip, arguments):
     assert exit_info.value.code == 2
 
 
+@pytest.mark.parametrize("option", ["--max-frames", "--threads", "--short-side"])
+def test_numbers_too_large_are_named(clip, capsys, option):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["segment", clip[0], "--mask", clip[1], option, "9" * 23])
+    assert exit_info.value.code == 2
+    assert f"argument {option}: must be at most " in capsys.readouterr().err
+
+
 def test_help_and_version(capsys):
     for arguments in (["--help"], ["segment", "--help"], ["--version"]):
         with pytest.raises(SystemExit) as exit_info:
@@ -459,6 +533,18 @@ def test_truncated_video_keeps_its_frames(tmp_path, clip, fake, capsys):
     assert len(list((tmp_path / "out" / "masks").iterdir())) == num_frames
     assert len(list(VideoReader(tmp_path / "overlay.mp4"))) == num_frames
     assert f"damaged or cut short; {num_frames} frames decoded" in capsys.readouterr().err
+
+
+def test_patched_frames_are_damage(tmp_path, clip, fake, capsys):
+    path = Path(write_noise(tmp_path / "clip.mp4", 20))
+    data = bytearray(path.read_bytes())
+    for place in range(data.index(b"mdat") + 3_000, len(data), 900):
+        data[place] ^= 0xFF
+    path.write_bytes(data)
+    assert run(path, "--mask", clip[1], "--output", tmp_path / "out") == 3
+    results = results_of(tmp_path / "out")
+    assert results["video"]["num_damaged_packets"] > 0 and results["completed"]
+    assert "damaged or cut short" in capsys.readouterr().err
 
 
 def test_error_on_the_way_keeps_what_is_done(tmp_path, clip, fake, capsys):
@@ -526,16 +612,18 @@ def test_overlay_that_cannot_be_finished_is_not_named(tmp_path, clip, fake, caps
     assert len(results["frames"]) == len(list((output / "masks").iterdir())) > 0
 
 
-def test_masks_are_kept_where_results_json_cannot_be_written(tmp_path, clip, fake, capsys):
-    output = tmp_path / "out"
+@pytest.mark.parametrize(("num_frames", "num_masks"), [(8, 8), (12, 9)])
+def test_masks_are_kept_where_results_json_cannot_be_written(tmp_path, clip, fake, capsys, num_frames, num_masks):
+    """At its end, or on the way: what it says of eight frames is all that fits."""
+    video, output = write_video(tmp_path / "other.mp4", num_frames), tmp_path / "out"
     with small_disk(1_000):
-        assert run(clip[0], "--mask", clip[1], "--output", output) == 2
+        assert run(video, "--mask", clip[1], "--output", output) == 2
     kept, error = capsys.readouterr().err.splitlines()
     assert kept.startswith("kept: 8 frames, ") and kept.endswith(f": {output / 'masks'}")
     assert error.startswith(f"error: {output / 'results.json'} cannot be written (")
     assert "choose another --output" in error
     assert [file.name for file in output.iterdir()] == ["masks"]
-    assert len(list((output / "masks").iterdir())) == 8
+    assert len(list((output / "masks").iterdir())) == num_masks
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals for a child process")
@@ -569,6 +657,7 @@ def test_an_interruption_keeps_what_is_done(tmp_path, clip, model_dir, sent):
     num_frames = len(results["frames"])
     assert 4 <= num_frames < 400
     assert len(list((output / "masks").glob("*.png"))) == num_frames
+    assert {file.name for file in output.iterdir()} == {"masks", "results.json"}
     assert len(list(VideoReader(overlay))) == num_frames
 
 

@@ -55,11 +55,12 @@ def test_the_processor_says_which_precision_is_fast_or_else_a_measurement(monkey
     assert fastest_dtype.__wrapped__("cpu") == expected
 
 
-def test_an_unknown_device_is_named():
+@pytest.mark.parametrize("device", ["abacus", "meta", "hpu"])
+def test_a_device_that_does_not_compute_is_named(device):
     with pytest.raises(ValueError, match="`device` must be one that PyTorch can use here"):
         parser = argparse.ArgumentParser()
         add_speed_arguments(parser)
-        resolve_speed(parser.parse_args(["--device", "abacus"]))
+        resolve_speed(parser.parse_args(["--device", device]))
 
 
 def test_keeping_memory_changes_no_result(tiny_model, tiny_processor, tiny_clip, tmp_path, monkeypatch):

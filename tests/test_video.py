@@ -29,6 +29,7 @@ from hf_deformvos.video import (
     write_palette_png,
 )
 from hf_deformvos.video.reader import camera_target
+from hf_deformvos.video_source_deformvos import open_source
 
 
 HEIGHT, WIDTH = 48, 80
@@ -48,10 +49,10 @@ def write_h264(path, num_frames: int = 8, timestamps=None, **size) -> None:
             writer.write(make_frame(t, **size), None if timestamps is None else timestamps[t])
 
 
-def write_raw(path, codec: str, pix_fmt: str, frames: list[np.ndarray], source_format: str, metadata=None) -> None:
+def write_raw(path, codec: str, pix_fmt: str, frames: list[np.ndarray], source_format: str, options=None) -> None:
     """A lossless file of any pixel format, through FFmpeg's own converter."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25)
+        stream = container.add_stream(codec, rate=25, options=options)
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = pix_fmt
         for t, image in enumerate(frames):
@@ -218,6 +219,26 @@ def test_corrupt_bytes_in_the_middle(tmp_path):
     assert len(list(reader)) > 5
 
 
+@pytest.mark.parametrize("codec", ["libx264", "mpeg2video"])
+def test_a_stream_that_starts_between_key_frames_is_not_damaged(tmp_path, codec):
+    whole, path = tmp_path / "whole.ts", tmp_path / "recorded.ts"
+    with av.open(str(whole), "w") as container:
+        stream = container.add_stream(codec, rate=25, options={"g": "10"})
+        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+        for t in range(40):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(make_frame(t)).reformat(format="yuv420p")))
+        container.mux(stream.encode(None))
+    with av.open(str(whole)) as source, av.open(str(path), "w") as target:
+        copied = target.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(source.demux(source.streams.video[0])):
+            if number >= 3 and packet.size:
+                packet.stream = copied
+                target.mux(packet)
+    reader = VideoReader(path)
+    assert 20 < len(list(reader)) < 40
+    assert reader.num_damaged == 0 and not reader.truncated
+
+
 @pytest.mark.parametrize(
     ("codec", "pix_fmt", "suffix"),
     [
@@ -251,6 +272,17 @@ def test_alpha_is_laid_over_black(tmp_path):
     assert image.shape == (HEIGHT, WIDTH, 3)
     assert (image[:, : WIDTH // 2, 0] == 200).all()
     assert (image[:, WIDTH // 2 :] == 0).all()
+
+
+@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
+def test_alpha_of_webm_is_laid_over_black(tmp_path, codec):
+    rgba = np.full((HEIGHT, WIDTH, 4), 200, dtype=np.uint8)
+    rgba[:, : WIDTH // 2, 3], rgba[:, WIDTH // 2 :, 3] = 255, 0
+    write_raw(tmp_path / "clip.webm", codec, "yuva420p", [rgba] * 3, "rgba", {"auto-alt-ref": "0"})
+    frames = list(VideoReader(tmp_path / "clip.webm"))
+    assert len(frames) == 3
+    assert frames[2].image[:, : WIDTH // 2 - 8].min() > 180
+    assert frames[2].image[:, WIDTH // 2 + 8 :].max() < 20
 
 
 def test_frames_that_change_size_are_an_error(tmp_path):
@@ -304,10 +336,17 @@ def test_missing_index_of_a_cut_mp4(tmp_path):
 
 
 def test_missing_file_and_folder_without_images(tmp_path):
-    with pytest.raises(VideoError, match=r"gone\.mp4 does not exist"):
+    with pytest.raises(VideoError, match=r"gone\.mp4 does not exist; pass .* or a camera number\."):
         VideoReader(tmp_path / "gone.mp4")
     with pytest.raises(VideoError, match="holds no images"):
         VideoReader(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gone.mp4", "noise.mp4"])
+def test_where_no_camera_is_taken_none_is_proposed(tmp_path, name):
+    (tmp_path / "noise.mp4").write_bytes(b"\x00\x01\x02" * 500)
+    with pytest.raises(VideoError, match=r"[Pp]ass a video file or a folder of images\."):
+        next(open_source(str(tmp_path / name)).frames())
 
 
 def test_camera_names():
@@ -605,6 +644,19 @@ def test_h264_last_frame_has_its_duration(tmp_path):
     write_h264(tmp_path / "clip.mp4", num_frames=3, timestamps=[0.0, 1.0, 2.0])
     with av.open(str(tmp_path / "clip.mp4")) as container:
         assert container.duration / 1e6 == pytest.approx(2.04, abs=0.02)
+
+
+@pytest.mark.parametrize("fps", [1 / 3600, 1 / 86400, 1e-300, 1e5, float("inf")])
+@pytest.mark.parametrize("timed", [True, False])
+def test_h264_of_any_rate(tmp_path, fps, timed):
+    timestamps = [t / fps for t in range(8)] if timed and fps > 1e-9 else None
+    with H264Writer(tmp_path / "clip.mp4", fps=fps) as writer:
+        for t in range(8):
+            writer.write(make_frame(t), None if timestamps is None else timestamps[t])
+    frames = list(VideoReader(tmp_path / "clip.mp4"))
+    assert len(frames) == 8
+    if fps == 1 / 3600:
+        assert [frame.timestamp for frame in frames] == [t * 3600 for t in range(8)]
 
 
 def test_h264_stands_timestamps_that_do_not_advance(tmp_path):

@@ -6,11 +6,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from .score import at_least
+from .score import at_least, thread_count
 from .speed import PRESET_NAMES
 
 
-# The names are repeated here so that the help appears without torch being imported.
+# The names are repeated here: every command builds this parser, and few need the modules that define them.
 _BACKENDS = ("torch", "compile", "onnx")
 _DTYPES = ("float32", "bfloat16", "float16", "int8")
 _PARTS = ("timing", "roofline", "memory", "start")
@@ -42,7 +42,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--objects", metavar="N[,N]", type=_numbers(1, 255), default=[1], help="objects followed (default 1)"
     )
-    parser.add_argument("--threads", metavar="N", type=at_least(1), help="CPU threads of the network (default: all)")
+    parser.add_argument("--threads", metavar="N", type=thread_count, help="CPU threads of the network (default: all)")
     parser.add_argument("--dtype", choices=_DTYPES, help="precision of the network (default: the preset's, float32)")
     parser.add_argument("--short-side", metavar="N", type=at_least(16), help="short side at the network")
     parser.add_argument("--backend", choices=_BACKENDS, default="torch", help="what runs the network (default torch)")

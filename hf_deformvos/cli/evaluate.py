@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from .score import Table, add_dataset_arguments, at_least, chosen_sequences, load_dataset
+from .score import Table, add_dataset_arguments, at_least, chosen_sequences, load_dataset, thread_count
 from .speed import adaptation_config, add_adaptation_arguments, add_speed_arguments, resolve_speed
 
 
@@ -50,7 +50,7 @@ def add_parser(subparsers) -> None:
         help="YouTube-VOS: stream the frames between the sampled ones too, from valid_all_frames",
     )
     add_speed_arguments(parser)
-    parser.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads of all workers together")
+    parser.add_argument("--threads", type=thread_count, metavar="N", help="CPU threads of all workers together")
     parser.add_argument(
         "--workers",
         type=at_least(1),

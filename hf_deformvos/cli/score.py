@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 
 
-# The names are repeated here so that the help appears without NumPy and torch being imported.
+# The names are repeated here: every command builds this parser, and few need the modules that define them.
 _DATASETS = ("davis2016", "davis2017", "youtubevos2018", "youtubevos2019", "folder")
 _DESCRIPTION = """\
 Score masks that any tool wrote as DIR/SEQUENCE/FRAME.png (or below DIR/Annotations or DIR/480p) with region similarity
@@ -47,18 +47,24 @@ def add_dataset_arguments(parser: argparse.ArgumentParser, required: bool = True
     )
 
 
-def at_least(minimum: int) -> Callable[[str], int]:
-    """A type for argparse: an integer that is not below `minimum`."""
+def at_least(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], int]:
+    """A type for argparse: an integer not below `minimum`, and not beyond what libraries take."""
 
     def parse(text: str) -> int:
         value = int(text)
         if value < minimum:
             raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {value}")
+        if value > maximum:
+            raise argparse.ArgumentTypeError(f"must be at most {maximum}, got {value}")
         return value
 
     # argparse names the type when `int` refuses the text.
     parse.__name__ = "int"
     return parse
+
+
+# More than machines have cores; of tens of thousands OpenMP cannot start the threads.
+thread_count = at_least(1, 1024)
 
 
 class Table:
@@ -125,4 +131,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-__all__ = ["Table", "add_dataset_arguments", "add_parser", "at_least", "chosen_sequences", "load_dataset", "run"]
+__all__ = [
+    "Table",
+    "add_dataset_arguments",
+    "add_parser",
+    "at_least",
+    "chosen_sequences",
+    "load_dataset",
+    "run",
+    "thread_count",
+]

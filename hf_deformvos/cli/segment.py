@@ -12,12 +12,15 @@ import sys
 import tempfile
 import threading
 import time
+from bisect import bisect_left
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TextIO
 
-from .score import at_least
+from .score import at_least, thread_count
 from .speed import adaptation_config, add_adaptation_arguments, add_speed_arguments, resolve_speed
 
 
@@ -42,8 +45,9 @@ masks:
   (nearest) with a warning. A later mask corrects the ids it names and adds those that are new.
 
 exit codes:
-  0 done; 2 a mistake in what was asked for; 3 done, but the video was damaged or cut, and all that
-  decodes was segmented; 130 interrupted (Ctrl-C or SIGTERM): what was done is kept and summarised."""
+  0 done; 2 a mistake in what was asked for; 3 done, but FFmpeg found the video damaged or cut (it
+  does not notice all damage), and all that decodes was segmented; 130 interrupted (Ctrl-C or
+  SIGTERM): what was done is kept and summarised."""
 
 
 def add_parser(subparsers) -> None:
@@ -86,7 +90,7 @@ def add_parser(subparsers) -> None:
     add_speed_arguments(parser)
     add_adaptation_arguments(parser, "the frames that have a --mask")
     parser.add_argument("--max-frames", metavar="N", type=at_least(1), help="stop after so many frames")
-    parser.add_argument("--threads", metavar="N", type=at_least(1), help="CPU threads of the network (default: all)")
+    parser.add_argument("--threads", metavar="N", type=thread_count, help="CPU threads of the network (default: all)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
     parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run")
     parser.set_defaults(run=run)
@@ -105,13 +109,35 @@ class LoadedModel:
     adaptation: dict | None = None
 
 
+class _Median:
+    """The median of more numbers than can be kept: they are counted by their first three digits."""
+
+    def __init__(self):
+        self._counts: Counter[float] = Counter()
+
+    def add(self, value: float) -> None:
+        """Counts one number."""
+        self._counts[float(f"{value:.2e}")] += 1
+
+    def value(self) -> float:
+        """Of the numbers so far, of which there is at least one."""
+        values = sorted(self._counts)
+        counts = list(itertools.accumulate(self._counts[value] for value in values))
+        return values[bisect_left(counts, counts[-1] / 2)]
+
+
 @dataclass
 class _Results:
-    """What has been written so far; filled by the encoding thread, read when that has ended."""
+    """
+    What has been written so far; filled by the encoding thread, read when that has ended. `lines` is a file that holds
+    what results.json says of each frame, so that memory does not grow with the video; more than `num_frames` lines
+    where writing the last one failed.
+    """
 
-    frames: list[dict] = field(default_factory=list)
+    lines: TextIO
+    num_frames: int = 0
     object_ids: set[int] = field(default_factory=set)
-    seconds: dict[str, list[float]] = field(default_factory=lambda: {stage: [] for stage in _STAGES})
+    medians: dict[str, _Median] = field(default_factory=lambda: defaultdict(_Median))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -127,8 +153,8 @@ def run(arguments: argparse.Namespace) -> int:
                 f"--mask-frame must be below the number of frames read, {limit}, got {max(mask_files)}; "
                 "frames count from 0."
             )
-        if reader.info.kind == "camera" and adaptation_config(arguments) is not None:
-            raise ValueError("--adapt takes time before anything is followed; a camera does not wait. Leave it out.")
+        if adaptation_config(arguments) is not None:
+            _check_readable_twice(reader.info)
         masks = {index: read_mask(path, (reader.info.height, reader.info.width)) for index, path in mask_files.items()}
         output = Path(arguments.output or Path("deformvos-output", _folder_name(arguments.video)))
         overlay = Path(arguments.overlay) if arguments.overlay else None
@@ -141,7 +167,7 @@ def run(arguments: argparse.Namespace) -> int:
         job = _Job(arguments, reader, masks, output, writer, loaded)
         job.run()
     if job.failure is not None:
-        if job.results.frames:
+        if job.results.num_frames:
             print(f"kept: {job.summary()}", file=sys.stderr)
         raise job.failure
     if job.interrupted:
@@ -150,7 +176,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         print(job.summary())
     if job.damaged:
-        print(f"warning: the video is damaged or cut short; {len(job.results.frames)} frames decoded", file=sys.stderr)
+        print(f"warning: the video is damaged or cut short; {job.results.num_frames} frames decoded", file=sys.stderr)
         return 3
     return 0
 
@@ -170,14 +196,15 @@ class _Job:
         self.loaded = loaded
         self._size = size_option(loaded.processor, arguments.short_side)
         self.palette = PALETTES[arguments.colors]()
-        self.results = _Results()
+        with _writing(output, "--output"):
+            self.results = _Results(tempfile.TemporaryFile("w+", encoding="utf-8", dir=output))
         self.failure: Exception | None = None
         self.interrupted = False
         self.wall_seconds = 0.0
 
     @property
     def damaged(self) -> bool:
-        """Whether frames of the video are missing."""
+        """Whether FFmpeg found frames of the video missing or damaged."""
         return self.reader.truncated or self.reader.num_damaged > 0
 
     @property
@@ -205,6 +232,7 @@ class _Job:
                 self._attempt(finish)
             self.wall_seconds = time.perf_counter() - started
             self._attempt(self.write_results)
+            self._attempt(self.results.lines.close)
 
     def _attempt(self, finish) -> None:
         """Calls a function whose error must not keep the others from being called; the first error is the run's."""
@@ -220,12 +248,12 @@ class _Job:
 
     def _check_masks_used(self) -> None:
         """An error if the video turned out to end before the frame of a mask."""
-        num_frames = len(self.results.frames)
+        num_frames = self.results.num_frames
         unused = [index for index in sorted(self.masks) if index >= num_frames]
         if not unused or self.interrupted or self.failure is not None:
             return
         if len(unused) == len(self.masks):
-            outcome = f"no mask was used, as the video has only {_count(self.results.frames, 'frame')}: all of the "
+            outcome = f"no mask was used, as the video has only {_count(num_frames, 'frame')}: all of the "
             outcome += "masks written are background"
         else:
             outcome = f"masks of frames before {unused[0]} were used"
@@ -287,7 +315,8 @@ class _Job:
         with _writing(path, "--output"):
             write_palette_png(path, id_map)
         clock.lap("write_mask")
-        self._record(frame, id_map, path.name)
+        with _writing(self.output / "results.json", "--output"):
+            self._record(frame, id_map, path.name)
         self._book({"decode": frame.decode_seconds, **seconds, **clock.seconds})
         if self.writer is not None:
             clock = _Clock()
@@ -304,15 +333,17 @@ class _Job:
         if frame.name is not None:
             record["source"] = frame.name
         record["objects"] = _areas_and_boxes(id_map, sorted(self.results.object_ids))
-        self.results.frames.append(record)
+        # Written through, so that only whole lines count where the disk is full.
+        print(json.dumps(record), file=self.results.lines, flush=True)
+        self.results.num_frames += 1
 
     def _book(self, seconds: dict[str, float]) -> None:
         """Adds the seconds that stages of one frame took."""
         for stage, taken in seconds.items():
-            self.results.seconds[stage].append(taken)
+            self.results.medians[stage].add(taken)
 
     def write_results(self) -> None:
-        """Writes results.json, whole or not at all."""
+        """Writes results.json, whole or not at all; one line a frame, as indented boxes would take one a number."""
         finished = not self.interrupted and self.failure is None
         document = {
             "completed": finished,
@@ -320,7 +351,7 @@ class _Job:
             "error": None if self.failure is None else " ".join(str(self.failure).split()),
             "video": {
                 **asdict(self.reader.info),
-                "num_frames_read": len(self.results.frames),
+                "num_frames_read": self.results.num_frames,
                 "truncated": self.reader.truncated,
                 "num_damaged_packets": self.reader.num_damaged,
             },
@@ -336,26 +367,32 @@ class _Job:
             "overlay": str(self.overlay) if self.overlay else None,
             "timings": self._timings(),
             "versions": _versions(),
-            "frames": "FRAMES",
         }
-        # One line a frame: indented boxes would take a line for every number.
-        lines = ",\n    ".join(json.dumps(frame) for frame in self.results.frames)
-        text = json.dumps(document, indent=2).replace('"FRAMES"', f"[\n    {lines}\n  ]" if lines else "[]")
+        head = json.dumps(document, indent=2).removesuffix("\n}")
         path, part = self.output / "results.json", self.output / ".results.json.part"
         with _writing(path, "--output"):
             try:
-                part.write_text(text + "\n", encoding="utf-8")
+                with part.open("w", encoding="utf-8") as file:
+                    file.write(head + ',\n  "frames": [')
+                    file.writelines(self._frame_lines())
+                    file.write("]\n}\n")
                 os.replace(part, path)
             finally:
                 part.unlink(missing_ok=True)
 
+    def _frame_lines(self) -> Iterator[str]:
+        """What stands between the brackets of results.json's frames."""
+        self.results.lines.seek(0)
+        for index, line in enumerate(itertools.islice(self.results.lines, self.results.num_frames)):
+            yield (",\n    " if index else "\n    ") + line.rstrip("\n")
+        if self.results.num_frames:
+            yield "\n  "
+
     def _timings(self) -> dict:
         """Medians of each stage and the rate of the whole, which overlaps them."""
-        from statistics import median
-
-        seconds = self.results.seconds
-        medians = {f"{stage}_ms": round(1e3 * median(seconds[stage]), 3) for stage in _STAGES if seconds[stage]}
-        fps = len(self.results.frames) / self.wall_seconds if self.wall_seconds else None
+        found = self.results.medians
+        medians = {f"{stage}_ms": round(1e3 * found[stage].value(), 3) for stage in _STAGES if stage in found}
+        fps = self.results.num_frames / self.wall_seconds if self.wall_seconds else None
         return {"median": medians, "wall_seconds": round(self.wall_seconds, 3), "fps": fps and round(fps, 3)}
 
     def summary(self) -> str:
@@ -365,16 +402,16 @@ class _Job:
         results = self.output / "results.json"
         files = [self.output / "masks", *([results] if results.is_file() else []), self.overlay]
         return (
-            f"{_count(self.results.frames, 'frame')}, {_count(self.results.object_ids, 'object')}, "
+            f"{_count(self.results.num_frames, 'frame')}, {_count(len(self.results.object_ids), 'object')}, "
             + f"{timings['fps'] or 0:.1f} frames/s"
             + (f" (network {network:.0f} ms a frame)" if network is not None else "")
             + f": {', '.join(str(file) for file in files if file is not None)}"
         )
 
 
-def _count(things, name: str) -> str:
+def _count(number: int, name: str) -> str:
     """How many, in words: `1 frame`, `2 frames`."""
-    return f"{len(things)} {name}" + ("" if len(things) == 1 else "s")
+    return f"{number} {name}" + ("" if number == 1 else "s")
 
 
 class _Clock:
@@ -514,6 +551,17 @@ def _pair_masks(masks: list[str], frames: list[int] | None) -> dict[int, str]:
             f"--mask-frame must differ from mask to mask, got {frames}; merge the masks of one frame into one image."
         )
     return dict(zip(frames, masks, strict=True))
+
+
+def _check_readable_twice(info) -> None:
+    """An error for a video whose frames are gone once read; of a URL it is not known."""
+    if info.kind == "camera":
+        raise ValueError("--adapt takes time before anything is followed; a camera does not wait. Leave it out.")
+    if not info.seekable and os.path.exists(info.source):
+        raise ValueError(
+            f"VIDEO must be a file or a folder for --adapt, which reads it twice, got {info.source}; save it as "
+            "a file, or leave --adapt out."
+        )
 
 
 def _folder_name(video: str) -> str:

@@ -5,7 +5,7 @@ import argparse
 from .score import at_least
 
 
-# The names are repeated here so that the help appears without torch being imported.
+# The names are repeated here: every command builds this parser, and few need the modules that define them.
 PRESET_NAMES = ("accurate", "standard", "fast")
 DTYPES = ("float32", "bfloat16", "float16")
 # Of --adapt-check, which goes through them several times: about five seconds, and any sequence of DAVIS-2016 val.

@@ -55,7 +55,8 @@ class VideoReader:
     them; a sample aspect ratio is left alone, because masks belong to stored pixels. Transparent pixels are laid over
     black; grey, 10-bit and odd-sized video becomes 8-bit RGB of the same size.
 
-    A damaged file yields every frame that still decodes; `truncated` and `num_damaged` then say so.
+    A damaged file yields every frame that still decodes; `truncated` and `num_damaged` then say so, as far as FFmpeg
+    notices: not every format tells that its end is missing, and not every decoder that it patched a frame.
 
     ```python
     >>> with VideoReader("clip.mp4") as reader:
@@ -118,7 +119,7 @@ class VideoReader:
 
     @property
     def num_damaged(self) -> int:
-        """How many packets did not decode so far; their frames are missing."""
+        """How many packets or frames FFmpeg has found damaged so far; they are missing or patched."""
         return self._source.num_damaged
 
     def __iter__(self) -> Iterator[VideoFrame]:
@@ -181,9 +182,9 @@ class _CameraSource(FileSource):
                 "Pass another number, or a video file."
             ) from error
 
-    def _decode(self, container, stream) -> Iterator:
+    def _decode(self, container, stream, decoder) -> Iterator:
         """All frames until the camera is unplugged; a live stream is never truncated."""
-        yield from super()._decode(container, stream)
+        yield from super()._decode(container, stream, decoder)
         self.truncated = False
 
 
@@ -218,7 +219,7 @@ def _open_source(source: str, num_threads: int) -> FileSource | FolderSource:
     is_camera = source.startswith(("camera:", "/dev/video")) or (source.isdigit() and not os.path.exists(source))
     if is_camera and not os.path.isdir(source):
         return _CameraSource(source, num_threads)
-    return open_source(source, num_threads)
+    return open_source(source, num_threads, "a video file, a folder of images or a camera number")
 
 
 def _size(image: np.ndarray) -> str:

@@ -14,6 +14,9 @@ from .overlay import as_byte_ids
 # The clock of MPEG; fine enough for every frame rate in use, and small enough that hours fit the mp4 fields.
 _TICKS_PER_SECOND = 90_000
 _MP4_SUFFIXES = (".mp4", ".m4v", ".mov")
+# How long a frame is shown: a millisecond, as players take no shorter film, to 79 minutes, as mp4 has 31 bits for how
+# far ahead of its display a frame is decoded, up to five frames here.
+_MIN_FRAME_TICKS, _MAX_FRAME_TICKS = _TICKS_PER_SECOND // 1000, (2**31 - 1) // 5
 # ITU-T H.273 code points: BT.709 for primaries, transfer and matrix; 1 is also FFmpeg's "limited range".
 _BT709 = 1
 _LIMITED_RANGE = 1
@@ -70,7 +73,8 @@ class H264Writer:
 
     Args:
         path (`str` or `os.PathLike`): Name of the file, ending in .mp4, .m4v or .mov.
-        fps (`float`, *optional*): Nominal rate, which decides how long the last frame is shown. Defaults to 25.
+        fps (`float`, *optional*):
+            Nominal rate, which decides how long the last frame is shown (a millisecond to 79 minutes). Defaults to 25.
         crf (`int`, *optional*, defaults to 20): x264's quality, lower is better and larger.
         preset (`str`, *optional*, defaults to `"veryfast"`): x264's speed.
         threads (`int`, *optional*, defaults to 0): Encoder threads, 0 lets x264 decide.
@@ -90,8 +94,8 @@ class H264Writer:
                 f"A video is written as {', '.join(_MP4_SUFFIXES)}, got {str(path)!r}; rename it to .mp4."
             )
         self.num_frames = 0
-        self._fps = Fraction(fps if fps and fps > 0 else 25).limit_denominator(1001)
-        self._frame_ticks = max(round(_TICKS_PER_SECOND / self._fps), 1)
+        ticks = _TICKS_PER_SECOND / (fps if fps and fps > 0 else 25)
+        self._frame_ticks = round(min(max(ticks, _MIN_FRAME_TICKS), _MAX_FRAME_TICKS))
         self._options = {"crf": str(crf), "preset": preset}
         self._threads = threads
         self._part = self.path.with_name(f".{self.path.stem}.part{self.path.suffix}")
@@ -107,7 +111,8 @@ class H264Writer:
 
         self._size = (height, width)
         self._container = av.open(str(self._part), "w", format="mp4", options={"movflags": "+faststart"})
-        stream = self._container.add_stream("libx264", rate=self._fps, options=self._options)
+        rate = Fraction(_TICKS_PER_SECOND, self._frame_ticks)
+        stream = self._container.add_stream("libx264", rate=rate, options=self._options)
         stream.width, stream.height = width + width % 2, height + height % 2
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context
@@ -125,7 +130,8 @@ class H264Writer:
             image (`np.ndarray` of shape `(height, width, 3)`, dtype `uint8`): RGB, of the first frame's size.
             timestamp (`float`, *optional*):
                 Seconds from the start of the video. By default one frame time after the last; a time that does not
-                advance is moved to just after the last, because mp4 cannot show two frames at once.
+                advance is moved to just after the last, because mp4 cannot show two frames at once, and one that is
+                more than 79 minutes after it to there.
         """
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise ValueError(f"`image` must be uint8 of shape (height, width, 3), got {image.dtype} {image.shape}.")
@@ -145,6 +151,7 @@ class H264Writer:
             tick = self._last_tick + self._frame_ticks if self.num_frames else 0
         else:
             tick = max(round(timestamp * _TICKS_PER_SECOND), self._last_tick + 1)
+            tick = min(tick, self._last_tick + _MAX_FRAME_TICKS)
         frame.pts, frame.duration = tick, self._frame_ticks
         frame.time_base = Fraction(1, _TICKS_PER_SECOND)
         self._container.mux(self._stream.encode(frame))

@@ -5,14 +5,15 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import Pipeline
 from transformers.utils import logging
 
-from .inference_session_deformvos import DeformVosInferenceSession, resize_nearest
+from .inference_session_deformvos import DeformVosInferenceSession, as_index, resize_nearest
 from .masks_deformvos import read_mask
 from .modeling_deformvos import DeformVosVideoOutput
 from .processing_deformvos import masks_by_id, warn_of_other_size, winners
-from .video_source_deformvos import FileSource, VideoError, open_source, warn_of_damage
+from .video_source_deformvos import FileSource, VideoError, open_source, read_image, warn_of_damage
 
 
 logger = logging.get_logger(__name__)
@@ -68,6 +69,7 @@ class DeformVosPipeline(Pipeline):
             video (`str`, `os.PathLike`, sequence or iterable of frames):
                 A video file (read through PyAV), a folder of images, or frames: PIL images or `(height, width, 3)`
                 arrays, as a list, an array `(num_frames, height, width, 3)`, or an iterator (a camera, a decoder).
+                One video a call: a list is its frames.
             masks:
                 The objects on frame `mask_frame`: the path of a PNG, an id map `(height, width)` of integers with 0
                 as background, a palette image, or a boolean mask an object, `(num_objects, height, width)` or a list.
@@ -76,8 +78,11 @@ class DeformVosPipeline(Pipeline):
             object_ids (`int` or `list[int]`, *optional*):
                 The ids of boolean masks, 1, 2, ... by default; those to take from an id map, by default all but 0.
             short_side (`int`, *optional*): short side at the network, in pixels; the processor's by default.
-            dtype (`torch.dtype` or `str`, *optional*): precision to compute in; the model's by default.
-            start_frame (`int`, *optional*): first frame to segment, by default the earliest that has a mask.
+            dtype (`torch.dtype` or `str`, *optional*):
+                Precision to compute in, float32, bfloat16 or float16; the model's by default.
+            start_frame (`int`, *optional*):
+                First frame to segment, by default the earliest that has a mask. What lies before it is skipped, but
+                for frames that have masks.
             max_frames (`int`, *optional*): how many frames to segment, by default all.
             reverse (`bool`, defaults to `False`):
                 Towards the beginning; needs frames at hand, as a folder or a sequence has them.
@@ -118,16 +123,19 @@ class DeformVosPipeline(Pipeline):
     ) -> tuple[dict, dict, dict]:
         if unknown:
             raise ValueError(f"The pipeline has no option {', '.join(sorted(unknown))}.")
-        for name, value in (("short_side", short_side), ("max_frames", max_frames)):
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if reverse not in (None, False, True):
+            raise ValueError(f"`reverse` must be True or False, got {reverse!r}.")
         if mask_format not in (None, *MASK_FORMATS):
             raise ValueError(f"`mask_format` must be one of {', '.join(MASK_FORMATS)}, got {mask_format!r}.")
         return tuple(
             {name: value for name, value in options.items() if value is not None}
             for options in (
-                {"short_side": short_side, "dtype": dtype},
-                {"start_frame": start_frame, "max_frames": max_frames, "reverse": reverse},
+                {"short_side": _whole_number(short_side, "short_side", 1), "dtype": dtype},
+                {
+                    "start_frame": _whole_number(start_frame, "start_frame", 0),
+                    "max_frames": _whole_number(max_frames, "max_frames", 1),
+                    "reverse": reverse,
+                },
                 {"mask_format": mask_format},
             )
         )
@@ -136,8 +144,8 @@ class DeformVosPipeline(Pipeline):
         """Open a session on the video and give it the masks: `{"session": ..., "given": frame to id to bool mask}`."""
         masks, object_ids = input_["masks"], input_["object_ids"]
         if not isinstance(masks, dict):
-            masks = {input_["mask_frame"]: masks}
-        given = {int(frame_idx): _read_masks(mask, object_ids) for frame_idx, mask in masks.items()}
+            masks = {as_index(input_["mask_frame"], "mask_frame"): masks}
+        given = {as_index(frame_idx, "frame_idx"): _read_masks(mask, object_ids) for frame_idx, mask in masks.items()}
         if not given:
             raise ValueError("`masks` is empty: give the mask of at least one object on at least one frame.")
         session = self.processor.init_video_session(_frames_of(input_["video"]), dtype=dtype, short_side=short_side)
@@ -155,6 +163,10 @@ class DeformVosPipeline(Pipeline):
         reverse: bool = False,
     ) -> Iterator[DeformVosVideoOutput]:
         session, given = input_tensors["session"], input_tensors["given"]
+        if session.num_frames is None and start_frame is not None:
+            # A session looks back at masks before the start in a sequence alone; a stream is still ahead of them.
+            for frame_idx in sorted(frame_idx for frame_idx in given if frame_idx < start_frame):
+                self.model(inference_session=session, frame_idx=frame_idx)
         last, count = None, 0
         for output in self.model.propagate_in_video_iterator(
             session, start_frame, None if max_frames is None else max_frames - 1, reverse
@@ -162,10 +174,10 @@ class DeformVosPipeline(Pipeline):
             last, count = output.frame_idx, count + 1
             yield output
         # A stream tells its length only at its end; sequences were checked when they were given the masks.
-        if session.num_frames is None and count != max_frames and (last is None or last < max(given)):
-            raise ValueError(
-                f"The video ended before frame {max(given)}, which a mask was given for; frames count from 0."
-            )
+        needed = max(*given, start_frame or 0)
+        if session.num_frames is None and count != max_frames and (last is None or last < needed):
+            what = "a mask was given for" if needed in given else "`start_frame` names"
+            raise ValueError(f"The video ended before frame {needed}, which {what}; frames count from 0.")
 
     def postprocess(
         self,
@@ -202,12 +214,36 @@ class DeformVosPipeline(Pipeline):
         self.processor.save_pretrained(save_directory, **kwargs)
 
 
+def _whole_number(value, name: str, least: int) -> int | None:
+    """An option that counts, or `None` where it is not given."""
+    if value is None:
+        return None
+    number = as_index(value, name)
+    if number < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {number}.")
+    return number
+
+
 def _frames_of(video):
     """A path's frames; frames as they are."""
     if not isinstance(video, (str, os.PathLike)):
+        _check_is_one(video)
         return video
     source = open_source(os.fspath(video))
     return _decode(source) if isinstance(source, FileSource) else source
+
+
+def _check_is_one(video):
+    """An error for a list of videos, which other pipelines take; paths of images are frames."""
+    first = video[0] if isinstance(video, (list, tuple)) and video else None
+    if isinstance(first, (str, os.PathLike)) and os.path.exists(first):
+        try:
+            read_image(first)
+        except VideoError as error:
+            raise ValueError(
+                f"`video` must be one video, got a list of {len(video)} paths, the first of which is no image "
+                f"({os.fspath(first)}); call the pipeline once for each video."
+            ) from error
 
 
 def _decode(source: FileSource) -> Iterator[np.ndarray]:
@@ -224,9 +260,26 @@ def _read_masks(mask, object_ids: int | list[int] | None) -> dict[int, torch.Ten
     """One frame's masks of any accepted form, by object id."""
     if isinstance(mask, (str, os.PathLike)):
         mask = read_mask(mask)
+    _check_form(mask)
     if object_ids is None and _is_boolean(mask):
         object_ids = list(range(1, len(mask) + 1))
     return masks_by_id(mask, object_ids)
+
+
+def _check_form(mask):
+    """An error for what has the shape of no masks, such as an image with its channels."""
+    if isinstance(mask, Image.Image):
+        return
+    is_list = isinstance(mask, (list, tuple)) and len(mask) > 0
+    shape = (len(mask), *np.shape(mask[0])) if is_list else tuple(np.shape(mask))
+    # Nobody follows more objects through a video of three columns than it has columns.
+    has_channels = len(shape) == 3 and shape[-1] in (1, 3, 4) and shape[0] > shape[-1]
+    if len(shape) < 2 or 0 in shape or has_channels:
+        raise ValueError(
+            "`masks` must be one image's path, an id map (height, width), or one mask an object (num_objects, height, "
+            f"width), got {shape if len(shape) > 1 else repr(mask)[:60]}; of an image give the path, or the channel "
+            "that holds ids."
+        )
 
 
 def _is_boolean(mask) -> bool:

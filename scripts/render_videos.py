@@ -21,7 +21,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from compose_cutouts import list_photographs
+from compose_cutouts import is_readable, list_photographs
 from PIL import Image, ImageFilter
 from rendering.megaglest import MegaGlest
 from rendering.models import Actor
@@ -118,7 +118,7 @@ def main():
     parser.add_argument("--first", type=int, default=0, help="number, and seed, of the first scene")
     parser.add_argument("--frames", type=int, default=20, help="frames of each")
     arguments = parser.parse_args()
-    photographs = list_photographs(arguments.photographs)
+    photographs = [path for path in list_photographs(arguments.photographs) if is_readable(path)]
     if not photographs:
         parser.error(f"{', '.join(map(str, arguments.photographs))} must hold pictures; there is none.")
     try:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ from hf_deformvos.export.onnx_session import (
     resize_bilinear,
     resize_nearest,
 )
-from hf_deformvos.export.quantization import quantize
+from hf_deformvos.export.quantization import _prepare_frames, quantize
 from hf_deformvos.inference import hash_weights, load_for_inference
 from hf_deformvos.inference_session_deformvos import resize_nearest as resize_nearest_torch
 from hf_deformvos.video import VideoReader, read_mask
@@ -227,6 +228,20 @@ def test_fifty_frames_are_pytorchs(num_objects, size, onnx_model, tiny_dir, one_
 @pytest.mark.parametrize("num_objects", [1, 6])
 def test_torch_programs_are_pytorchs(num_objects, torch_model, tiny_dir, one_thread):
     compare(torch_model, load_for_inference(tiny_dir, "cpu"), *moving_clip(12, (96, 128), num_objects))
+
+
+def test_torch_programs_name_the_size_they_need(torch_model, tiny_clip):
+    frames, ids = tiny_clip
+    processor = torch_model.processor
+
+    def follow(short_side):
+        session = processor.init_video_session(video=frames[:2], short_side=short_side)
+        processor.add_inputs_to_inference_session(session, 0, input_masks=ids[0])
+        return [output.frame_idx for output in torch_model.propagate_in_video_iterator(session)]
+
+    with pytest.raises(ValueError, match=r"must be at least 33 pixels.*got 17x33.*larger `short_side`.*format onnx"):
+        follow(17)
+    assert follow(33) == [0, 1]
 
 
 @pytest.mark.slow
@@ -583,6 +598,21 @@ def test_int8_follows_as_float_does(int8_dir, onnx_model, one_thread):
     assert not np.array_equal(*results)
 
 
+def test_calibration_holds_the_frames_it_takes(onnx_dir, tmp_path):
+    """Of a long video no more than of a short one; its frames here are grey, each brighter than the last."""
+    for index in range(60):
+        Image.new("RGB", (800, 480), (4 * index,) * 3).save(tmp_path / f"{index}.png", compress_level=1)
+    tracemalloc.start()
+    inputs = _prepare_frames(onnx_dir, str(tmp_path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    processor = OnnxDeformVosProcessor.from_pretrained(onnx_dir)
+    greys = [processor(np.full((480, 800, 3), 4 * index, np.uint8)).pixel_values for index in range(60)]
+    picked = [next(i for i, grey in enumerate(greys) if np.array_equal(grey, each["pixel_values"])) for each in inputs]
+    assert picked == [0, 5, 11, 16, 21, 27, 32, 38, 43, 48, 54, 59]
+    assert peak < 20 * 480 * 800 * 3, "of 60 frames"
+
+
 # Without PyTorch
 
 
@@ -726,6 +756,33 @@ def test_loading_names_mistakes(onnx_dir, torch_dir, tiny_dir, tmp_path):
     assert hash_weights(str(onnx_dir)) not in (None, hash_weights(str(torch_dir)))
 
 
+DAMAGE = {
+    "{graph} missing": lambda path: path.unlink(),
+    "{graph} cut": lambda path: path.write_bytes(path.read_bytes()[:1000]),
+    "{graph} empty": lambda path: path.write_bytes(b""),
+    f"{SETTINGS_FILE} empty": lambda path: path.write_text("{}"),
+    f"{SETTINGS_FILE} cut": lambda path: path.write_text("{"),
+    f"{SETTINGS_FILE} list": lambda path: path.write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(("format", "graph"), [("onnx", "read.onnx"), ("torch", "read.pt2")])
+def test_damaged_files_are_named(damage, format, graph, request, tmp_path):
+    folder = shutil.copytree(request.getfixturevalue(f"{format}_dir"), tmp_path / "out")
+    file = damage.format(graph=graph).split()[0]
+    DAMAGE[damage](folder / file)
+    with pytest.raises(ValueError, match=r"cannot be read \(.+\); export it again") as caught:
+        load_for_inference(str(folder))
+    assert str(caught.value).startswith(f"{file} of the exported model {folder} cannot")
+
+
+def test_a_missing_onnxruntime_is_no_damage(onnx_dir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ValueError, match=r"needs onnxruntime: `pip install onnxruntime`\.$"):
+        load_for_inference(str(onnx_dir))
+
+
 # The command
 
 
@@ -743,6 +800,7 @@ def test_the_command_names_mistakes(onnx_dir, tiny_dir, tmp_path, capsys):
         ([tiny_dir, str(tmp_path / "full"), "--overwrite"], "no export"),
         ([str(onnx_dir), out], "exported model itself"),
         ([str(tmp_path / "none"), out], "none"),
+        ([str(tmp_path / "none"), f"{tmp_path}/file/out"], f"be written to, got {tmp_path}/file/out ("),
     ):
         assert main(["export", *arguments]) == 2, arguments
         error = capsys.readouterr().err
@@ -761,12 +819,34 @@ def test_the_target_is_no_folder_that_one_is_in(tiny_dir, onnx_dir, tmp_path, mo
         assert folder.is_dir()
 
 
-def test_a_link_to_a_folder_stays_one(tiny_dir, tmp_path, monkeypatch):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "link").symlink_to("empty")
+@pytest.fixture
+def without_graphs(monkeypatch):
+    """Exports at once, of empty files."""
     monkeypatch.setattr(
         exporting, "write_graph", lambda graph, folder, format: (folder / f"{graph.name}.onnx").touch()
     )
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch"])
+def test_only_an_export_is_replaced(format, request, tiny_dir, tmp_path):
+    out = shutil.copytree(request.getfixturevalue(f"{format}_dir"), tmp_path / "out")
+    request.getfixturevalue("without_graphs")
+    (out / "__pycache__").mkdir(exist_ok=True)
+    (out / "results").mkdir()
+    (out / "mine.txt").write_text("mine")
+    before = sorted(out.iterdir())
+    with pytest.raises(ValueError, match=rf"{out} holds files that are no export \(mine.txt, results\); move them"):
+        export_model(tiny_dir, out, overwrite=True)
+    assert sorted(out.iterdir()) == before
+    (out / "results").rmdir()
+    (out / "mine.txt").unlink()
+    export_model(tiny_dir, out, overwrite=True)
+    assert (out / "encode.onnx").stat().st_size == 0 and not (out / "__pycache__").exists()
+
+
+def test_a_link_to_a_folder_stays_one(tiny_dir, tmp_path, without_graphs):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
     out = export_model(tiny_dir, tmp_path / "link")
     assert out == tmp_path / "link" and out.is_symlink()
     assert (tmp_path / "empty" / "deformvos_onnx.py").is_file()

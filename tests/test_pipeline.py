@@ -75,6 +75,7 @@ def test_every_form_of_video(segmenter, tiny_clip, tmp_path):
         torch.from_numpy(frames),
         tmp_path / "frames",
         str(tmp_path / "frames"),
+        [str(tmp_path / "frames" / f"{t}.png") for t in range(len(frames))],
     ):
         assert_same(id_maps(segmenter(video, masks=ids[0])), expected)
 
@@ -135,6 +136,17 @@ def test_start_limit_and_direction(segmenter, tiny_clip, tmp_path):
         visited(video=iter(frames), reverse=True)
 
 
+@pytest.mark.parametrize("options", [{"start_frame": 2}, {"start_frame": 4, "max_frames": 1}, {"start_frame": 5}])
+def test_a_stream_starts_where_a_sequence_does(options, segmenter, tiny_clip):
+    frames, ids = tiny_clip
+    masks = {4: np.where(ids[4] == 2, 2, 0), 0: np.where(ids[0] == 1, 1, 0)}
+    expected = list(segmenter(frames, masks, **options))
+    results = list(segmenter(iter(frames), masks, **options))
+    assert expected[0]["frame_idx"] == options["start_frame"]
+    assert [result["frame_idx"] for result in results] == [result["frame_idx"] for result in expected]
+    assert_same(id_maps(results), id_maps(expected))
+
+
 def test_size_and_precision(segmenter, tiny_model, tiny_processor, tiny_clip):
     frames, ids = tiny_clip
     small = id_maps(segmenter(frames, masks=ids[0], short_side=48))
@@ -158,8 +170,15 @@ def test_a_video_file(segmenter, tiny_clip, tmp_path):
     decoded = [frame.image for frame in VideoReader(tmp_path / "clip.mp4")]
     expected = id_maps(segmenter(decoded, masks=ids[0]))
     assert_same(id_maps(segmenter(tmp_path / "clip.mp4", masks=ids[0])), expected)
+    assert_same(
+        id_maps(segmenter(tmp_path / "clip.mp4", masks=ids[0], start_frame=3)),
+        id_maps(segmenter(decoded, masks=ids[0], start_frame=3)),
+    )
     with pytest.raises(ValueError, match="stream"):
         list(segmenter(tmp_path / "clip.mp4", masks=ids[0], reverse=True))
+    for clips in ([str(tmp_path / "clip.mp4")] * 2, [tmp_path / "clip.mp4"], (str(tmp_path),)):
+        with pytest.raises(ValueError, match=rf"one video, got a list of {len(clips)} paths.*call the pipeline once"):
+            segmenter(clips, masks=ids[0])
 
 
 def test_a_stream_stays_one(segmenter, tiny_clip):
@@ -195,12 +214,35 @@ def test_mistakes_are_named(segmenter, tiny_clip, tmp_path):
         ({"mask_format": "png"}, "mask_format"),
         ({"max_frames": 0}, "max_frames"),
         ({"short_side": 0}, "short_side"),
+        ({"start_frame": -1}, "`start_frame` must be at least 0, got -1"),
+        ({"short_side": "480"}, "`short_side` must be a whole number, got '480'"),
+        ({"max_frames": "2"}, "`max_frames` must be a whole number, got '2'"),
+        ({"max_frames": 2.5}, "`max_frames` must be a whole number, got 2.5"),
+        ({"start_frame": "1"}, "`start_frame` must be a whole number, got '1'"),
+        ({"start_frame": 1.5}, "`start_frame` must be a whole number, got 1.5"),
+        ({"mask_frame": 1.7}, "`mask_frame` must be a whole number, got 1.7"),
+        ({"mask_frame": [0, 1]}, r"`mask_frame` must be a whole number, got \[0, 1\]"),
+        ({"reverse": "no"}, "`reverse` must be True or False, got 'no'"),
+        ({"dtype": "float64"}, "`dtype` must be float32, bfloat16 or float16, got 'float64'"),
         ({"threshold": 1}, "no option threshold"),
         ({"object_ids": [3]}, "none of"),
     ):
         with pytest.raises(ValueError, match=message):
             segmenter(frames, masks=ids[0], **options)
-    for masks, message in (({}, "empty"), (np.zeros_like(ids[0]), "empty"), (tmp_path / "no.png", "does not exist")):
+    for masks, message in (
+        ({}, "empty"),
+        (np.zeros_like(ids[0]), "empty"),
+        (tmp_path / "no.png", "does not exist"),
+        ({1.7: ids[1]}, "`frame_idx` must be a whole number, got 1.7"),
+        ({1: ids[1], "1": ids[2]}, "`frame_idx` must be a whole number, got '1'"),
+        ({None: ids[0]}, "`frame_idx` must be a whole number, got None"),
+        (np.stack([ids[0]] * 3, axis=-1), r"an id map \(height, width\).* got \(96, 160, 3\); .* give the path"),
+        (torch.from_numpy(ids[0][..., None] > 0), r"got \(96, 160, 1\)"),
+        (np.zeros((0, 96, 160), dtype=bool), r"got \(0, 96, 160\)"),
+        ([], r"`masks` must be one image's path, .* got \[\]"),
+        (["m.png"], r"`masks` must be one image's path, .* got \['m.png'\]"),
+        (None, "got None"),
+    ):
         with pytest.raises(ValueError, match=message):
             segmenter(frames, masks=masks)
     with pytest.raises(ValueError, match="does not exist"):
@@ -209,6 +251,8 @@ def test_mistakes_are_named(segmenter, tiny_clip, tmp_path):
         list(segmenter(iter(frames), masks={0: ids[0], 9: ids[1]}))
     with pytest.raises(ValueError, match="ended before frame 9"):
         list(segmenter(iter(frames), masks=ids[0], mask_frame=9))
+    with pytest.raises(ValueError, match="ended before frame 9, which `start_frame` names"):
+        list(segmenter(iter(frames), masks=ids[0], start_frame=9))
     assert len(list(segmenter(iter(frames), masks={0: ids[0], 9: ids[1]}, max_frames=4))) == 4
 
 

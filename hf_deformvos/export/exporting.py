@@ -29,6 +29,14 @@ DTYPES = ("float32", "int8")
 OPSET = 18
 SESSION_FILE = "deformvos_onnx.py"
 _SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
+# All that an export writes, and what Python adds where the module was imported.
+_OWN_FILES = {
+    onnx_session.SETTINGS_FILE,
+    SESSION_FILE,
+    "README.md",
+    "__pycache__",
+    *(f"{name}{suffix}" for name in onnx_session.GRAPHS for suffix in _SUFFIXES.values()),
+}
 _CONFIG_FIELDS = ("max_objects", "memory_interval", "long_term_slots", "object_independent", "value_size")
 
 
@@ -59,8 +67,8 @@ def export_model(
         `Path`: the folder.
 
     Raises:
-        ValueError: if an option is unknown or does not fit the others, `out` holds something or is the current folder,
-            the model is an export itself, or packages of the extra `export` are missing.
+        ValueError: if an option is unknown or does not fit the others, `out` holds something, cannot be written or is
+            the current folder, the model is an export itself, or packages of the extra `export` are missing.
         OSError: if there is no such model.
     """
     _check_options(format, dtype, calibration)
@@ -120,20 +128,34 @@ def _is_installed(name: str) -> bool:
 
 
 def _check_target(out: Path, overwrite: bool):
-    """An error unless the folder is free, or an earlier export that may go."""
-    if not out.exists():
-        return
+    """An error unless the folder can be written, and is free or an earlier export that may go; nothing is made."""
+    if out.exists():
+        _check_replaceable(out, overwrite)
+    place = next(place for place in out.parents if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"The target must lie in a folder that can be written to, got {out} ({place}: {error.strerror}); choose "
+            "another."
+        ) from error
+
+
+def _check_replaceable(out: Path, overwrite: bool):
     if not out.is_dir():
         raise ValueError(f"The target must be a folder, got {out}, which is a file.")
     if Path.cwd().is_relative_to(out):
         raise ValueError(
             f"The target is replaced as a whole, and {out} holds the current folder; name a folder in it."
         )
-    if any(out.iterdir()):
-        if not (out / onnx_session.SETTINGS_FILE).is_file():
-            raise ValueError(f"{out} holds files that are no export; choose another folder.")
-        if not overwrite:
-            raise ValueError(f"{out} holds an export; choose another folder, or replace it with `overwrite`.")
+    held = {path.name for path in out.iterdir()}
+    others = sorted(held if onnx_session.SETTINGS_FILE not in held else held - _OWN_FILES)
+    if others:
+        names = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+        raise ValueError(f"{out} holds files that are no export ({names}); move them, or choose another folder.")
+    if held and not overwrite:
+        raise ValueError(f"{out} holds an export; choose another folder, or replace it with `overwrite`.")
 
 
 def write_graph(graph: Graph, folder: Path, format: str) -> Path:
@@ -209,7 +231,7 @@ def write_settings(folder: Path, settings: dict):
 
 def _finish(folder: Path):
     """Record the checksums of the graphs, and say in a README how to use them."""
-    settings = onnx_session.read_settings(folder)
+    settings = json.loads((folder / onnx_session.SETTINGS_FILE).read_text(encoding="utf-8"))
     suffix = _SUFFIXES[settings["format"]]
     settings["sha256"] = {name: sha256_of(folder / f"{name}{suffix}") for name in onnx_session.GRAPHS}
     write_settings(folder, settings)

@@ -17,6 +17,8 @@ from ..propagation_deformvos import LayerProjection
 # Lengths that a graph is traced with: all different, and none 0 or 1, which tracing would take for fixed.
 _EXAMPLE = {"h": 6, "w": 9, "groups": 2, "slots": 3}
 _MINIMA = {"h": 3, "w": 3, "groups": 1, "slots": 1}
+# A frame's least side in pixels, at the network; ONNX files do without that of tracing.
+MIN_SIDE = 16 * _MINIMA["h"] - 15
 
 
 def _with_only(model: DeformVosModel, *parts: str) -> DeformVosModel:
@@ -268,4 +270,4 @@ def _remove_assertions(program: torch.export.ExportedProgram):
     program.graph_module.recompile()
 
 
-__all__ = ["Axis", "Graph", "build_graphs", "export_program"]
+__all__ = ["MIN_SIDE", "Axis", "Graph", "build_graphs", "export_program"]

@@ -36,6 +36,7 @@ from PIL import Image
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "deformvos_export.json"
+SETTINGS = ("format", "dtype", "config", "processor", "num_parameters", "outputs", "sha256")
 GRAPHS = ("encode", "start", "read", "write")
 STRIDE = 16
 CHANNELS = (1, 3, 4)
@@ -84,15 +85,24 @@ def read_settings(folder: str | os.PathLike) -> dict:
     What `deformvos export` wrote about the graphs of a folder.
 
     Raises:
-        ValueError: if the folder holds no exported model.
+        ValueError: if the folder holds no exported model, or the file is damaged.
     """
     path = os.path.join(folder, SETTINGS_FILE)
     if not os.path.isfile(path):
         raise ValueError(
             f"{os.fspath(folder)} holds no {SETTINGS_FILE}: `deformvos export MODEL OUT` writes such a folder."
         )
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    try:
+        with open(path, encoding="utf-8") as file:
+            settings = json.load(file)
+        missing = [name for name in SETTINGS if name not in settings]
+        if missing:
+            raise ValueError(f"it has no {', '.join(missing)}")
+    except ValueError as error:
+        raise ValueError(
+            f"{SETTINGS_FILE} of the exported model {os.fspath(folder)} cannot be read ({error}); export it again."
+        ) from error
+    return settings
 
 
 class OnnxGraphs:

@@ -77,12 +77,14 @@ def _calibration_video(calibration: str | os.PathLike | None) -> str:
 
 
 def _prepare_frames(folder: Path, video: str) -> list[dict[str, np.ndarray]]:
-    """Inputs of the encoder on frames of the video."""
+    """Inputs of the encoder on frames of the video, which is read twice: only at its end is its length known."""
     processor = OnnxDeformVosProcessor.from_pretrained(folder)
     with VideoReader(video, max_frames=_SPAN) as reader:
-        images = [frame.image for frame in reader]
-    picked = np.unique(np.linspace(0, len(images) - 1, _NUM_FRAMES).round().astype(int))
-    return [{"pixel_values": processor(images[index]).pixel_values} for index in picked]
+        num_frames = sum(1 for _ in reader)
+    picked = np.linspace(0, num_frames - 1, _NUM_FRAMES).round()
+    with VideoReader(video, max_frames=_SPAN) as reader:
+        images = (frame.image for index, frame in enumerate(reader) if index in picked)
+        return [{"pixel_values": processor(image).pixel_values} for image in images]
 
 
 class _Quantizer:

@@ -1,13 +1,17 @@
 """Exported folders under the package's own API: tensors in and out, for the commands and for comparisons."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import torch
 
 from ..inference import resolve_device
 from ..modeling_deformvos import DeformVosVideoOutput
+from .graphs import MIN_SIDE
 from .onnx_session import (
     GRAPHS,
     Inputs,
@@ -30,19 +34,50 @@ class TorchGraphs:
     Args:
         folder (`str` or `os.PathLike`): what `deformvos export --format torch` wrote.
         outputs (`dict[str, list[str]]`): names of each graph's outputs.
+
+    Raises:
+        ValueError: if a program is missing or damaged.
     """
 
     def __init__(self, folder: str | os.PathLike, outputs: dict[str, list[str]]):
-        self._programs = {name: torch.export.load(Path(folder, f"{name}.pt2")).module() for name in GRAPHS}
+        self._programs = {name: _load_program(folder, f"{name}.pt2") for name in GRAPHS}
         self._outputs = outputs
 
     @torch.no_grad()
     def __call__(self, name: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs of a graph by name."""
+        """Outputs of a graph by name; `ValueError` for a frame that is too small for the programs."""
+        if name == "encode" and min(inputs["pixel_values"].shape[-2:]) < MIN_SIDE:
+            height, width = inputs["pixel_values"].shape[-2:]
+            raise ValueError(
+                f"A frame's sides must be at least {MIN_SIDE} pixels at the network for programs of torch.export, got "
+                f"{height}x{width} (height x width); ask for a larger `short_side`, or export with `--format onnx`."
+            )
         tensors = {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in inputs.items()}
         outputs = self._programs[name](**tensors)
         outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
         return dict(zip(self._outputs[name], (output.numpy() for output in outputs), strict=True))
+
+
+def _load_program(folder: str | os.PathLike, file: str) -> torch.nn.Module:
+    path = Path(folder, file)
+    with _reading(folder, file):
+        # Of what is no whole archive `torch.export.load` logs a traceback.
+        ZipFile(path).close()
+        return torch.export.load(path).module()
+
+
+@contextmanager
+def _reading(folder: str | os.PathLike, *files: str) -> Iterator[None]:
+    """Errors of reading files say which cannot be read, and what to do."""
+    try:
+        yield
+    except Exception as error:  # each reader has its own
+        if isinstance(error.__cause__, ImportError):  # of onnxruntime; the files may be whole
+            raise
+        file = next((file for file in files if file in str(error)), " or ".join(files))
+        raise ValueError(
+            f"{file} of the exported model {os.fspath(folder)} cannot be read ({error}); export it again."
+        ) from error
 
 
 class ExportedProcessor(OnnxDeformVosProcessor):
@@ -125,8 +160,8 @@ def load_exported(
     Load what `deformvos export` wrote; see [`load_for_inference`]. It runs on as many threads as PyTorch would take.
 
     Raises:
-        ValueError: if another device or precision is asked for, an override is fixed in the graphs, or onnxruntime is
-            needed and not there.
+        ValueError: if another device or precision is asked for, an override is fixed in the graphs, a file is missing
+            or damaged, or onnxruntime is needed and not there.
     """
     settings = read_settings(folder)
     if device is not None and resolve_device(device).type != "cpu":
@@ -144,7 +179,8 @@ def load_exported(
         )
     settings["config"].update(overrides or {})
     if settings["format"] == "onnx":
-        graphs = OnnxGraphs(folder, torch.get_num_threads())
+        with _reading(folder, *(f"{name}.onnx" for name in GRAPHS)):
+            graphs = OnnxGraphs(folder, torch.get_num_threads())
     else:
         graphs = TorchGraphs(folder, settings["outputs"])
     model = ExportedDeformVos(graphs, settings)

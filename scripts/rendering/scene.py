@@ -16,6 +16,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
+from hf_deformvos.data.store import to_rgb
+
 from .models import Actor
 from .painter import Light, Painter, look_at, perspective, rotation
 from .vertex_animation import between
@@ -328,7 +330,7 @@ class Scene:
         return thing
 
     def _draw_backdrop(self, photographs: list[Path]) -> Image.Image:
-        picture = Image.open(photographs[self.rng.integers(len(photographs))]).convert("RGB").resize((1024, 576))
+        picture = to_rgb(Image.open(photographs[self.rng.integers(len(photographs))])).resize((1024, 576))
         if self.rng.random() < 0.5:
             picture = ImageOps.mirror(picture)
         return picture.filter(ImageFilter.GaussianBlur(self.rng.uniform(0, 3)))

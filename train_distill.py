@@ -184,6 +184,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, SafetensorError, StrictDataclassError, TrainingDiverged) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -122,9 +122,11 @@ class Interrupted:
 class ToldToEnd(Interrupted):
     """A sampler during whose batch number `at` the process is asked to end."""
 
+    asking = signal.SIGTERM
+
     def __call__(self, index, spec):
         if index == self.at:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(self.asking)
         return self.sampler(index, spec)
 
 
@@ -237,14 +239,18 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
         assert sha256(ours) == sha256(theirs)
 
 
-def test_a_run_that_is_asked_to_end_keeps_what_it_did(tmp_path):
+@pytest.mark.parametrize("asking, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_asked_to_end_keeps_what_it_did(tmp_path, monkeypatch, asking, code):
+    monkeypatch.setattr(ToldToEnd, "asking", asking)
     make_trainer(tmp_path, output_dir=str(tmp_path / "whole")).train()
-    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children ignore it
+    before = signal.getsignal(asking)
     with pytest.raises(SystemExit) as ended:
         make_trainer(tmp_path, ToldToEnd(sampler_of(tmp_path), 2)).train()
-    assert ended.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
+    assert ended.value.code == code and signal.getsignal(asking) is before
     assert list_checkpoints(tmp_path / "run")[-1].name == "checkpoint-3", "the step was finished and kept"
-    make_trainer(tmp_path, resume_from_checkpoint="latest").train()
+    make_trainer(tmp_path, resume_from_checkpoint="latest", checkpointing_steps=0).train()
+    assert list_checkpoints(tmp_path / "run")[-1].name == "checkpoint-6", "and the end, to which it is resumed again"
     assert sha256(tmp_path / "run" / "model.safetensors") == sha256(tmp_path / "whole" / "model.safetensors")
 
 
@@ -784,3 +790,12 @@ def test_a_run_that_diverges_ends_with_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_distill, "build", lambda config: SimpleNamespace(train=train))
     assert train_distill.main(["--static_dirs", "sets", "--output_dir", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "error: 20 steps in a row\n"
+
+
+def test_ctrl_c_before_the_first_step_ends_with_one_line(tmp_path, capsys, monkeypatch):
+    def build(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_distill, "build", build)
+    assert train_distill.main(["--static_dirs", "sets", "--output_dir", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "interrupted\n"

@@ -47,21 +47,32 @@ _PATIENCE = timedelta(hours=12)
 
 
 @contextmanager
-def _stop_request(num_processes: int) -> Iterator[threading.Event]:
+def _stop_requests(num_processes: int) -> Iterator[list[int]]:
     """
-    An event that SIGTERM sets, as whoever lends a machine sends it before it takes it back.
+    The signals that have asked the run to end: Ctrl-C's, and SIGTERM, which whoever lends a machine sends before it
+    takes it back. Asked once more, the process ends at once.
 
     Of several processes each would hear it at a step of its own, and wait for the others for ever; they end at once.
     """
-    stop = threading.Event()
+    asked: list[int] = []
     if num_processes > 1 or threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield asked
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+
+    def hear(number: int, _) -> None:
+        asked.append(number)
+        signal.signal(number, before[number])
+
+    # A shell's background jobs ignore Ctrl-C.
+    heard = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.getsignal(number) for number in heard}
+    for number in heard:
+        signal.signal(number, hear)
     try:
-        yield stop
+        yield asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number in heard:
+            signal.signal(number, before[number])
 
 
 class TrainingDiverged(RuntimeError):
@@ -167,7 +178,7 @@ class Trainer:
         """
         Runs until the steps or minutes are used up, then saves the averaged weights and `all_results.json`.
 
-        A single process that is told to end (SIGTERM) writes a checkpoint first, and raises `SystemExit`.
+        A single process that is told to end (Ctrl-C, SIGTERM) writes a checkpoint first, and raises `SystemExit`.
 
         Returns:
             `dict`: the results.
@@ -192,8 +203,8 @@ class Trainer:
         batches = self._batches()
         self.task.train()
         try:
-            with _stop_request(self.accelerator.num_processes) as stop:
-                self._loop(batches, stop)
+            with _stop_requests(self.accelerator.num_processes) as asked:
+                self._loop(batches, asked)
         finally:
             batches.close()
         return self._finish()
@@ -212,15 +223,15 @@ class Trainer:
                 "folder, or remove this one."
             )
 
-    def _loop(self, batches: Prefetcher | WorkerProcesses, stop: threading.Event) -> None:
+    def _loop(self, batches: Prefetcher | WorkerProcesses, asked_to_end: list[int]) -> None:
         """Steps, with what is due after each, until the run is over or shall stop."""
         config = self.config
         self._clock = time.perf_counter()
         progress = self._shared_progress()
         while progress < 1.0:
-            if stop.is_set():
+            if asked_to_end:
                 self.save_checkpoint()
-                raise SystemExit(128 + signal.SIGTERM)
+                raise SystemExit(128 + asked_to_end[0])
             record = self._train_step(batches, progress)
             progress = self._shared_progress()
             self._record(record, progress)
@@ -480,7 +491,7 @@ class Trainer:
         """Saves the model and the results; a checkpoint too, so that a repeated command takes no further step."""
         if self.config.eval_steps and self._evaluated_step != self.step:
             self._run_evaluation()
-        if self.config.checkpointing_steps:
+        if self.config.checkpointing_steps or list_checkpoints(self.output_dir):
             self.save_checkpoint()
         origins, device = self._origins, self.accelerator.device
         # A run that was over when it was resumed has taken no step of its own.

@@ -12,6 +12,8 @@ logger = logging.get_logger(__name__)
 # Anti-aliased and JPEG-compressed masks have a value for every shade; nobody draws this many objects.
 _MAX_DISTINCT_VALUES = 100
 _VOID = 255
+# Pillow stretches grays of few bits to 0..255, by these factors.
+_STRETCHED = {"L;2": 85, "L;4": 17}
 
 
 def davis_palette(num_colors: int = 256) -> np.ndarray:
@@ -39,8 +41,8 @@ def read_mask(path: str | os.PathLike, size: tuple[int, int] | None = None) -> n
     Reads an image of object ids. What a pixel means depends on how the image is stored:
 
     * palette PNG (as DAVIS and YouTube-VOS store masks): the palette index is the id, whatever its colour;
-    * grey, 8 or 16 bit: the value is the id, and where only one value other than 0 occurs and it is 255 (or 65535), or
-      the image is black-and-white, that is object 1; RGB whose channels are equal counts as grey;
+    * grey, of 2 to 16 bits: the value is the id, and where only one value other than 0 occurs and it is 255 (or
+      65535), or the image is black-and-white, that is object 1; RGB whose channels are equal counts as grey;
     * RGB colours: black is background; if every colour occurs in the DAVIS palette, its place there is the id, else
       the colours are numbered 1, 2, ... in ascending order of (red, green, blue);
     * alpha: fully transparent pixels are background.
@@ -60,12 +62,13 @@ def read_mask(path: str | os.PathLike, size: tuple[int, int] | None = None) -> n
     """
     try:
         with Image.open(path) as image:
+            factor = _STRETCHED.get(image.tile[0][3], 1) if image.tile else 1
             image.load()
     except FileNotFoundError as error:
         raise ValueError(f"mask {path} does not exist; pass an image whose pixel values are object ids.") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"mask {path} is not an image that can be read ({error}); save it as PNG.") from error
-    ids = _to_ids(image, path)
+    ids = _to_ids(image, path, factor)
     if not ids.any():
         raise ValueError(
             f"mask {path} is empty: every pixel is background (0); paint each object with its own id, 1 or above."
@@ -77,8 +80,8 @@ def read_mask(path: str | os.PathLike, size: tuple[int, int] | None = None) -> n
     return ids
 
 
-def _to_ids(image: Image.Image, path) -> np.ndarray:
-    """Pixel values to ids, by the rules of `read_mask`."""
+def _to_ids(image: Image.Image, path, factor: int) -> np.ndarray:
+    """Pixel values, stretched by a factor where it is not 1, to ids, by the rules of `read_mask`."""
     if image.mode == "P":
         return _without_void(np.array(image, dtype=np.int32), path)
     if image.mode == "1":
@@ -93,7 +96,7 @@ def _to_ids(image: Image.Image, path) -> np.ndarray:
     if transparent is not None:
         values = np.where(transparent, 0, values)
     _check_distinct(np.unique(values).size, path)
-    return _without_void(values, path)
+    return values // factor if factor > 1 and set(np.unique(values)) != {0, _VOID} else _without_void(values, path)
 
 
 def _without_void(values: np.ndarray, path) -> np.ndarray:

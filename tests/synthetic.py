@@ -1,5 +1,7 @@
 """Tiny data sets for tests of readers, augmentation and training: coloured rectangles over gray noise."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -58,3 +60,16 @@ def write_davis(root: Path, names=("ant", "bee"), frames: int = 6, size=(96, 160
             else:
                 Image.fromarray(((ids > 0) * value).astype(np.uint8)).save(masks / f"{t:05d}.png")
     return root
+
+
+def write_gray_png(path, values, bits):
+    """A gray PNG of so many bits a pixel, which Pillow reads and does not write."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    digits = (values[..., None] >> np.arange(bits - 1, -1, -1) & 1).reshape(len(values), -1)
+    rows = b"".join(b"\0" + row.tobytes() for row in np.packbits(digits, axis=1))
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, 0, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)

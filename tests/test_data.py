@@ -4,19 +4,17 @@ import errno
 import os
 import re
 import stat
-import struct
 import subprocess
 import sys
 import threading
 import time
-import zlib
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from synthetic import draw_scene, save_palette, write_davis, write_static_set
+from synthetic import draw_scene, save_palette, write_davis, write_gray_png, write_static_set
 
 from hf_deformvos.data import (
     HELD_OUT_SEQUENCES,
@@ -42,19 +40,6 @@ SPEC = ClipSpec(size=(97, 161), frames=3, batch=4, video_share=0.5, max_gap=2)
 
 def ids_of(store) -> set[int]:
     return {item.object_id for frame in store.objects for item in frame}
-
-
-def write_gray_png(path, values, bits):
-    """A gray PNG of so many bits a pixel, which Pillow reads and does not write."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    digits = (values[..., None] >> np.arange(bits - 1, -1, -1) & 1).reshape(len(values), -1)
-    rows = b"".join(b"\0" + row.tobytes() for row in np.packbits(digits, axis=1))
-    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, 0, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
 
 
 # ---- masks ----------------------------------------------------------------------------------------------------------

@@ -10,8 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from synthetic import draw_scene, save_palette, write_davis, write_static_set
-from test_data import write_gray_png
+from synthetic import draw_scene, save_palette, write_davis, write_gray_png, write_static_set
 
 from hf_deformvos.data import (
     HELD_OUT_SEQUENCES,

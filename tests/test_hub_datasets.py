@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY_CONFIG
 from PIL import Image
-from synthetic import write_davis
-from test_data import write_gray_png
+from synthetic import write_davis, write_gray_png
 from test_evaluation import load_fake, make_davis, write_frame, write_mask
 
 from hf_deformvos.cli import main

@@ -11,6 +11,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from synthetic import write_gray_png
 
 from hf_deformvos.video import (
     BackgroundWorker,
@@ -553,6 +554,11 @@ def test_read_mask_kinds(tmp_path, caplog):
     check(Image.fromarray(rgba), ids == 1)
     # 255 beside ids is void.
     check(Image.fromarray(np.where(ids == 2, 255, ids).astype(np.uint8)), ids * (ids == 1))
+    # Pillow stretches grays of few bits: ids 1 to 3 become 85, 170 and the void 255.
+    for bits in (2, 4):
+        for values, expected in ((ids + ids // 2, ids + ids // 2), (binary * (2**bits - 1), binary)):
+            write_gray_png(tmp_path / "few.png", values, bits)
+            np.testing.assert_array_equal(read_mask(tmp_path / "few.png"), expected)
 
 
 def test_read_mask_of_another_size(tmp_path):

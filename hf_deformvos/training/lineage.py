@@ -95,7 +95,9 @@ def describe_backbone(source: str) -> dict:
     if path.exists():
         weights, name = path / "model.safetensors" if path.is_dir() else path, path.resolve().name
     else:
-        weights, name = cached_file(source, "model.safetensors", _raise_exceptions_for_missing_entries=False), source
+        # What is not at hand is no reason to lose a run.
+        quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+        weights, name = cached_file(source, "model.safetensors", **quiet), source
     is_file = weights is not None and Path(weights).is_file()
     return {"name": name, **({"sha256": sha256_of(Path(weights))} if is_file else {})}
 

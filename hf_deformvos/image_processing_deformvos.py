@@ -191,11 +191,22 @@ def _picture_to_array(picture: Image.Image) -> np.ndarray:
         return np.asarray(picture)
     if not picture.mode.startswith("I"):
         return np.asarray(picture.convert("RGB"))
-    # Pillow would clip these instead of scaling them.
+    return _eight_bits(picture)
+
+
+def _eight_bits(picture: Image.Image) -> np.ndarray:
+    """Greys of more bits, which Pillow would clip instead of scaling them; of eight bits, or of none, as they are."""
     grey = np.asarray(picture)
     if picture.mode == "I" and not (grey.min() >= 0 and 255 < grey.max() <= 65535):
         return grey
     return (grey >> 8).astype(np.uint8)
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """A picture as RGB of eight bits."""
+    if picture.mode.startswith("I"):
+        picture = Image.fromarray(_eight_bits(picture).clip(0, 255).astype(np.uint8))
+    return picture.convert("RGB")
 
 
 def _to_uint8_rgb(image: np.ndarray, index: int) -> np.ndarray:
@@ -226,4 +237,4 @@ def _to_uint8_rgb(image: np.ndarray, index: int) -> np.ndarray:
     return np.ascontiguousarray(np.broadcast_to(frame, (*frame.shape[:2], 3)))
 
 
-__all__ = ["DeformVosImageProcessor", "network_size"]
+__all__ = ["DeformVosImageProcessor", "network_size", "to_rgb"]

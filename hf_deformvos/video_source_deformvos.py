@@ -12,6 +12,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from transformers.utils import logging
 
+from .image_processing_deformvos import to_rgb
+
 
 logger = logging.get_logger(__name__)
 
@@ -221,12 +223,9 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):
-                # Pillow clips 16-bit grey instead of scaling it.
-                return np.repeat((np.asarray(image, dtype=np.uint32) >> 8).astype(np.uint8)[..., None], 3, axis=2)
-            if image.has_transparency_data:
+            if image.has_transparency_data and not image.mode.startswith("I"):
                 return _over_black(np.asarray(image.convert("RGBA")))
-            return np.array(image.convert("RGB"))
+            return np.array(to_rgb(image))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise VideoError(f"{path} is not an image that can be read ({error}); replace or remove it.") from error
 

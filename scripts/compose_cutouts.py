@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from hf_deformvos.data import HELD_OUT_SEQUENCES
 from hf_deformvos.data.static import is_mask
-from hf_deformvos.data.store import READ_ERRORS, to_rgb
+from hf_deformvos.data.store import READ_ERRORS
+from hf_deformvos.image_processing_deformvos import to_rgb
 
 
 SIZE = (576, 320)

@@ -32,7 +32,7 @@ from torch import nn
 from tqdm import tqdm
 
 from hf_deformvos import DeformVosConfig, DeformVosImageProcessor, DeformVosModel
-from hf_deformvos.data.store import to_rgb
+from hf_deformvos.image_processing_deformvos import to_rgb
 from hf_deformvos.publishing.release import data_names
 from hf_deformvos.training.lineage import describe_backbone, describe_origin
 from hf_deformvos.training.optimization import learning_rate_factor

@@ -8,7 +8,7 @@ from transformers import AutoImageProcessor
 from transformers.image_utils import SizeDict
 
 from hf_deformvos import DeformVosImageProcessor
-from hf_deformvos.image_processing_deformvos import network_size
+from hf_deformvos.image_processing_deformvos import network_size, to_rgb
 from hf_deformvos.video import read_image
 
 
@@ -252,3 +252,16 @@ def test_sizes_that_are_no_lengths_are_refused(where, size, message, frame):
 def test_a_size_without_short_edge_is_refused(frame):
     with pytest.raises(ValueError, match="shortest_edge"):
         DeformVosImageProcessor()(frame, size={"height": 64, "width": 64})
+
+
+def test_wide_modes_are_scaled_where_they_hold_more_than_eight_bits(tmp_path):
+    ramp = np.linspace(0, 65535, 12 * 20).reshape(12, 20)
+    for values, expected in (
+        (ramp.astype(np.int32), ramp.astype(np.int32) >> 8),
+        ((ramp / 257).astype(np.int32),) * 2,
+    ):
+        picture = Image.fromarray(values)
+        assert picture.mode == "I"
+        picture.save(tmp_path / "frame.tif")
+        for read in (np.asarray(to_rgb(picture)), read_image(tmp_path / "frame.tif")):
+            assert read.shape == (12, 20, 3) and np.array_equal(read, np.repeat(expected[..., None], 3, axis=2))

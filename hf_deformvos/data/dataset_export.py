@@ -20,10 +20,11 @@ from PIL import ExifTags, Image
 from tqdm import tqdm
 from transformers.utils import logging
 
+from ..image_processing_deformvos import to_rgb
 from .davis import davis_sequences, frame_folders, is_one_object
 from .folders import check_masks_have_frames, image_files, masks_by_frame, read_split, subfolder_names
 from .hub_dataset import import_datasets
-from .store import READ_ERRORS, VOID, FrameEntry, mask_values, read_mask, to_rgb
+from .store import READ_ERRORS, VOID, FrameEntry, mask_values, read_mask
 
 
 if TYPE_CHECKING:

@@ -31,7 +31,8 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
-from .store import VOID, FrameStore, mask_ids, refuse_stretched, to_rgb
+from ..image_processing_deformvos import to_rgb
+from .store import VOID, FrameStore, mask_ids, refuse_stretched
 
 
 if TYPE_CHECKING:

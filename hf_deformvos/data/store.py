@@ -21,6 +21,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..image_processing_deformvos import to_rgb
+
 
 logger = logging.get_logger(__name__)
 
@@ -111,14 +113,6 @@ def report_missing(folder: str, names: list[str], on_error: str, what: str = "im
     if on_error == "raise":
         raise ValueError(f"{message}; add the files, or let such frames be skipped.")
     logger.warning(f"{message}; they are left out.")
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture as RGB of eight bits."""
-    if image.mode.startswith("I"):
-        # Pillow clips 16-bit gray instead of scaling it.
-        image = Image.fromarray((np.asarray(image, dtype=np.uint32) >> 8).astype(np.uint8))
-    return image.convert("RGB")
 
 
 def read_mask(path: Path, merge: bool | str) -> np.ndarray:

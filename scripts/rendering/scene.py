@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-from hf_deformvos.data.store import to_rgb
+from hf_deformvos.image_processing_deformvos import to_rgb
 
 from .models import Actor
 from .painter import Light, Painter, look_at, perspective, rotation

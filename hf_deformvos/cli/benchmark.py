@@ -145,15 +145,15 @@ def run(arguments: argparse.Namespace) -> int:
 def _check_results(arguments: argparse.Namespace) -> None:
     """An error, before the work, if a file that is asked for cannot be drawn or written."""
     from ..benchmark.plot import check_plot
-    from ..evaluation.runner import check_writable
+    from ..writable import check_file
 
     if arguments.plot and "timing" in arguments.skip:
         raise ValueError("--plot draws times, and --skip timing leaves them out: drop one of the two.")
     if arguments.plot:
         check_plot(arguments.plot)
-        check_writable(arguments.plot)
+        check_file(arguments.plot)
     if arguments.json:
-        check_writable(arguments.json)
+        check_file(arguments.json)
 
 
 def command_of(arguments: argparse.Namespace) -> str:

@@ -98,10 +98,11 @@ def parse_override(text: str) -> tuple[str, object]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
-    from ..evaluation.runner import RunnerConfig, check_writable, evaluate, write_json
+    from ..evaluation.runner import RunnerConfig, evaluate, write_json
+    from ..writable import check_file
 
     if arguments.json:
-        check_writable(arguments.json)
+        check_file(arguments.json)
     resolve_speed(arguments)
     config = RunnerConfig(
         model=arguments.model,

@@ -100,10 +100,10 @@ def chosen_sequences(arguments: argparse.Namespace) -> list[str] | None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     from ..evaluation import report, score_predictions
-    from ..evaluation.runner import check_writable
+    from ..writable import check_file
 
     if arguments.json:
-        check_writable(arguments.json)
+        check_file(arguments.json)
     dataset = load_dataset(arguments)
     num_frames = {sequence.name: len(sequence.images) for sequence in dataset.sequences}
     table = Table(report.table_header())

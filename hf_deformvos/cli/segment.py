@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from ..writable import check_folder
 from .score import at_least, thread_count
 from .speed import adaptation_config, add_adaptation_arguments, add_speed_arguments, resolve_speed
 
@@ -583,22 +584,12 @@ def _keep_inputs(inputs: list[str], output: Path, overlay: Path | None):
 def _check_places(output: Path, overlay: Path | None) -> None:
     """An error if results cannot be written where they are to go; nothing is made or removed."""
     for folder in (output, output / "masks"):
-        _check_folder(folder, f"--output must be a folder that can be written to, got {output}")
+        check_folder(folder, f"--output must be a folder that can be written to, got {output}")
     if overlay is None:
         return
     if overlay.is_dir():
         raise ValueError(f"--overlay must be a file, got {overlay}, which is a folder; choose another name.")
-    _check_folder(overlay.parent, f"--overlay must lie in a folder that can be written to, got {overlay}")
-
-
-def _check_folder(folder: Path, rule: str) -> None:
-    """An error that states the rule if a folder cannot be written to, or not be made where there is none."""
-    place = next((place for place in (folder, *folder.parents) if os.path.exists(place)), Path())
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise ValueError(f"{rule} ({place}: {error.strerror}); choose another.") from error
+    check_folder(overlay.parent, f"--overlay must lie in a folder that can be written to, got {overlay}")
 
 
 @contextmanager

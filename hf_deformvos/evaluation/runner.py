@@ -5,7 +5,6 @@ import os
 import platform
 import statistics as stdlib_statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -651,24 +650,6 @@ def describe_versions() -> dict:
         except PackageNotFoundError:
             versions[name] = None
     return versions
-
-
-def check_writable(path: str | os.PathLike) -> None:
-    """
-    Looks whether a file can be written, before the work whose result it shall hold.
-
-    Raises:
-        ValueError: If it cannot.
-    """
-    path = Path(path)
-    try:
-        if path.is_dir():
-            raise IsADirectoryError("it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error}); name another file.") from error
 
 
 def write_json(path: str | os.PathLike, content: dict) -> None:

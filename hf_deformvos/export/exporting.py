@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..inference import hash_weights, load_for_inference, sha256_of
 from ..modeling_deformvos import DeformVosModel
+from ..writable import check_folder
 from . import onnx_session
 from .graphs import Graph, build_graphs, export_program
 
@@ -131,15 +132,7 @@ def _check_target(out: Path, overwrite: bool):
     """An error unless the folder can be written, and is free or an earlier export that may go; nothing is made."""
     if out.exists():
         _check_replaceable(out, overwrite)
-    place = next(place for place in out.parents if place.exists())
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"The target must lie in a folder that can be written to, got {out} ({place}: {error.strerror}); choose "
-            "another."
-        ) from error
+    check_folder(out.parent, f"The target must lie in a folder that can be written to, got {out}")
 
 
 def _check_replaceable(out: Path, overwrite: bool):

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from .clips import RawBatch
+from .cords import add_cords
+from .draws import STEADY_FRAMES, pick, random_walk, uniform
 from .store import VOID
 
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# Frames over which made-up motion keeps its direction.
-_STEADY_FRAMES = 5
 # Share of pasted objects that are copies of the clip's own.
 _TWINS = 0.3
 # Share of occluders that are bars; the others are blobs.
@@ -46,6 +46,7 @@ class AugmentConfig:
         leave (`float`): Probability that such an object leaves the picture on the way: nothing of it is to be found.
         distractor (`float`): Probability of pasting an unlabelled look-alike: a copy of the clip's object or another
             sample's object.
+        cords (`float`): Probability of a bundle of thin cords, mostly tied to an object of the clip and part of it.
         occluder (`float`): Probability of a moving unlabelled blob, or bars, of another image in front of everything.
         min_area (`int`): Pixels an object must show in the first frame to count as given.
     """
@@ -64,11 +65,12 @@ class AugmentConfig:
     pastes: int = 1
     leave: float = 0.0
     distractor: float = 0.4
+    cords: float = 0.0
     occluder: float = 0.1
     min_area: int = 60
 
     def __post_init__(self):
-        for name in ("flip", "grayscale", "blur", "paste", "leave", "distractor", "occluder"):
+        for name in ("flip", "grayscale", "blur", "paste", "leave", "distractor", "cords", "occluder"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"`{name}` must be a probability between 0 and 1, got {getattr(self, name)}.")
 
@@ -93,11 +95,6 @@ class ClipBatch:
     def num_objects(self) -> int:
         """N: most objects of any sample."""
         return self.object_valid.shape[1]
-
-
-def _uniform(generator: torch.Generator, *shape: int, low: float = -1.0, high: float = 1.0) -> torch.Tensor:
-    """Uniform draws; always on the CPU, so that a seed means the same clip on every device."""
-    return torch.rand(*shape, generator=generator) * (high - low) + low
 
 
 def augment_clips(
@@ -129,6 +126,8 @@ def augment_clips(
         still = identity_grid(size, device).expand(int(lost.sum()), masks.shape[1], -1, -1, -1)
         images[lost], ids[lost] = warp_clips(frames[lost], masks[lost], still)
     images = jitter_colors(images, config, generator)
+    if config.cords > 0:
+        add_cords(images, ids, _present(ids, config), config.cords, generator)
     _paste_all(images, ids, config, generator)
     _blur(images, config, generator)
     return ClipBatch(images, *compact_ids(ids, config.min_area))
@@ -156,20 +155,6 @@ def _matrices(angle: torch.Tensor, log_scale: torch.Tensor, shear: torch.Tensor,
     return rotation @ shearing * scaling.unsqueeze(-2)
 
 
-def _random_walk(generator: torch.Generator, batch: int, frames: int, channels: int) -> torch.Tensor:
-    """
-    Smooth walks `(batch, frames, channels)` from 0, about 1 a frame: each has a velocity, and changes of it. On long
-    clips the velocity swings, so that a walk goes no further than about twice its first four frames.
-    """
-    velocity = _uniform(generator, batch, 1, channels)
-    noise = _uniform(generator, batch, max(frames - 1, 1), channels) * 0.5
-    if frames > _STEADY_FRAMES:
-        turns = _uniform(generator, batch, 1, channels, low=0.5, high=1.0) * math.pi / _STEADY_FRAMES
-        velocity = velocity * torch.cos(turns * torch.arange(frames - 1).view(1, -1, 1))
-    steps = velocity + noise[:, : frames - 1]
-    return torch.cat([torch.zeros(batch, 1, channels), steps.cumsum(1)], dim=1)
-
-
 def draw_motion(
     is_static: torch.Tensor,
     frames: int,
@@ -186,11 +171,11 @@ def draw_motion(
         pixels, counted from the centre, to canvas pixels counted from the canvas centre.
     """
     batch = is_static.shape[0]
-    pose = _uniform(generator, batch, 6)
+    pose = uniform(generator, batch, 6)
     flip = torch.rand(batch, generator=generator) < config.flip
-    walk = _random_walk(generator, batch, frames, 6)
+    walk = random_walk(generator, batch, frames, 6)
     # Most motion in real video is small between neighbours; a few clips move fast.
-    speed = torch.exp(_uniform(generator, batch, low=math.log(0.15), high=math.log(1.6)))
+    speed = torch.exp(uniform(generator, batch, low=math.log(0.15), high=math.log(1.6)))
     strength = torch.where(is_static, config.motion * speed, torch.full((batch,), config.video_motion))
     walk = walk * strength.view(batch, 1, 1)
     angle = (pose[:, :1] * config.rotation + walk[..., 0] * 5.0) * math.pi / 180
@@ -254,13 +239,13 @@ def _elastic(
     """Smooth displacements `(batch, frames, 2, coarse_height, coarse_width)`, in grid units, growing over frames."""
     batch = is_static.shape[0]
     velocity = torch.randn(batch, frames, 2, 4, 6, generator=generator)
-    amount = torch.exp(_uniform(generator, batch, low=math.log(0.1), high=0.0)) * config.elastic * is_static
+    amount = torch.exp(uniform(generator, batch, low=math.log(0.1), high=0.0)) * config.elastic * is_static
     if not is_static.any() or config.elastic == 0:
         return None
     velocity = velocity[:, :1] * 0.7 + velocity * 0.3
     velocity[:, 0] = 0
     # No further on a long clip than on a short one.
-    speed = 0.035 * min(1.0, _STEADY_FRAMES / frames)
+    speed = 0.035 * min(1.0, STEADY_FRAMES / frames)
     walk = velocity.cumsum(1) * speed * amount.view(batch, 1, 1, 1, 1)
     walk[:, :, 0] *= size[0] / size[1]
     smooth = F.interpolate(walk.flatten(0, 1), size=_coarse_size(size), mode="bicubic", align_corners=True)
@@ -308,7 +293,7 @@ def jitter_colors(images: torch.Tensor, config: AugmentConfig, generator: torch.
         generator (`torch.Generator`): A CPU generator.
     """
     batch, count = images.shape[:2]
-    draw = _uniform(generator, batch, 1, 5) + 0.08 * _uniform(generator, batch, count, 5)
+    draw = uniform(generator, batch, 1, 5) + 0.08 * uniform(generator, batch, count, 5)
     draw = draw * config.color
     gray = torch.rand(batch, generator=generator) < config.grayscale
     brightness, contrast = 0.12 * draw[..., 0], torch.exp(0.3 * draw[..., 1])
@@ -348,8 +333,8 @@ def _blur(images: torch.Tensor, config: AugmentConfig, generator: torch.Generato
     """Blurs some clips in place, with a line (motion) or a disc-like kernel."""
     batch, planes = images.shape[0], images.shape[1] * images.shape[2]
     chosen = torch.rand(batch, generator=generator) < config.blur
-    angle = _uniform(generator, batch, low=0.0, high=math.pi)
-    length = _uniform(generator, batch, low=0.7, high=2.5)
+    angle = uniform(generator, batch, low=0.0, high=math.pi)
+    length = uniform(generator, batch, low=0.7, high=2.5)
     round_ = torch.rand(batch, generator=generator) < 0.5
     y, x = torch.meshgrid(torch.arange(-3.0, 4.0), torch.arange(-3.0, 4.0), indexing="ij")
     for index in torch.nonzero(chosen).flatten().tolist():
@@ -404,9 +389,9 @@ def _draw_layer(
         leaves (`bool`): Whether its path leads out of the picture.
     """
     count, _, height, width = images.shape
-    draw = _uniform(generator, 6)
+    draw = uniform(generator, 6)
     mirrored, reverse = torch.rand(2, generator=generator).lt(0.5).tolist()
-    walk = _random_walk(generator, 1, count, 5)[0] * _uniform(generator, 1, low=0.1, high=1.0)
+    walk = random_walk(generator, 1, count, 5)[0] * uniform(generator, 1, low=0.1, high=1.0)
     if reverse and (ids[-1] == number).any():
         images, ids = images.flip(0), ids.flip(0)
     alpha = (ids == number).float().unsqueeze(1)
@@ -442,7 +427,7 @@ def _draw_layer(
 
 def _way_out(place: float, distance: float, count: int, generator: torch.Generator) -> torch.Tensor:
     """Shifts to the nearer side, in pixels `(count,)`, that reach `distance` in the second half of a clip."""
-    speed = distance / (max(count - 1, 1) * float(_uniform(generator, 1, low=0.5, high=0.9)))
+    speed = distance / (max(count - 1, 1) * float(uniform(generator, 1, low=0.5, high=0.9)))
     return math.copysign(speed, place) * torch.arange(count)
 
 
@@ -487,23 +472,23 @@ def _blob(height: int, width: int, generator: torch.Generator) -> torch.Tensor:
     coarse = torch.randn(1, 1, 5, 7, generator=generator)
     field = F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=True)[0, 0].clamp_min(-3.5)
     grid = identity_grid((height, width), "cpu") * torch.tensor([width / height, 1.0])
-    radius = _uniform(generator, 1, low=0.12, high=0.4)
+    radius = uniform(generator, 1, low=0.12, high=0.4)
     return (field * 0.25 + 1 - grid.square().sum(-1) / radius**2) > 0
 
 
 def _bars(height: int, width: int, generator: torch.Generator) -> torch.Tensor:
     """One to three parallel bars from border to border, mostly upright, bool `(height, width)`."""
     count = int(torch.randint(1, 4, (), generator=generator))
-    tilt = 0.5 * _uniform(generator, 1) ** 3 * math.pi
+    tilt = 0.5 * uniform(generator, 1) ** 3 * math.pi
     grid = identity_grid((height, width), "cpu") * torch.tensor([width / height, 1.0])
     across = (grid * torch.cat([tilt.cos(), tilt.sin()])).sum(-1, keepdim=True)
-    middles = _uniform(generator, 1) * 0.5 + (torch.arange(count) - (count - 1) / 2) * _uniform(
+    middles = uniform(generator, 1) * 0.5 + (torch.arange(count) - (count - 1) / 2) * uniform(
         generator, 1, low=0.3, high=1.0
     )
     # One of them is at most 0.5 from the middle, which all pictures reach but the narrowest.
     middles *= min(1.0, 2 * width / height)
     # Never so thin that no pixel's centre is inside.
-    widths = _uniform(generator, count, low=0.012, high=0.07).clamp_min(1.5 / height)
+    widths = uniform(generator, count, low=0.012, high=0.07).clamp_min(1.5 / height)
     return ((across - middles).abs() < widths).any(-1)
 
 
@@ -517,9 +502,10 @@ def _occluder_layer(images: torch.Tensor, generator: torch.Generator) -> _Layer:
     return _draw_layer(torch.lerp(images, mean, fade), ids, 1, (0.6, 1.5), generator)
 
 
-def _pick(candidates: list[int], generator: torch.Generator) -> int:
-    """One of the candidates."""
-    return candidates[int(torch.randint(len(candidates), (1,), generator=generator))]
+def _present(ids: torch.Tensor, config: AugmentConfig) -> list[list[int]]:
+    """The ids of every clip that the first frame shows well."""
+    areas = _first_areas(ids).tolist()
+    return [[n for n, area in enumerate(row, start=1) if area >= 3 * config.min_area] for row in areas]
 
 
 def _paste_all(images: torch.Tensor, ids: torch.Tensor, config: AugmentConfig, generator: torch.Generator) -> None:
@@ -529,9 +515,8 @@ def _paste_all(images: torch.Tensor, ids: torch.Tensor, config: AugmentConfig, g
     donors = torch.randint(1, max(batch, 2), (batch, 2), generator=generator)
     pastes = torch.rand(batch, config.pastes, 3, generator=generator).tolist()
     paste_donors = torch.randint(1, max(batch, 2), (batch, config.pastes), generator=generator)
-    areas = _first_areas(ids).tolist()
+    present = _present(ids, config)
     highest = torch.where(ids == VOID, 0, ids).flatten(1).amax(1).tolist()
-    present = [[n for n, area in enumerate(row, start=1) if area >= 3 * config.min_area] for row in areas]
     several = config.pastes > 1
     changed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for index in range(batch):
@@ -542,14 +527,14 @@ def _paste_all(images: torch.Tensor, ids: torch.Tensor, config: AugmentConfig, g
             source = index if copy < 0.6 or not present[donor[0]] else donor[0]
             if present[source]:
                 layer = _draw_layer(
-                    images[source], ids[source], _pick(present[source], generator), (0.7, 1.2), generator
+                    images[source], ids[source], pick(present[source], generator), (0.7, 1.2), generator
                 )
                 clip, labels = _composite(clip, labels, layer, 0, in_front=front < 0.4)
         for number in range(config.pastes):
             paste, twin, front = pastes[index][number]
             source = index if several and twin < _TWINS else (index + int(paste_donors[index, number])) % batch
             if paste < config.paste and present[source] and (several or source != index):
-                chosen = _pick(present[source], generator)
+                chosen = pick(present[source], generator)
                 leaves = config.leave > 0 and float(torch.rand((), generator=generator)) < config.leave
                 layer = _draw_layer(images[source], ids[source], chosen, (0.5, 1.2), generator, leaves)
                 clip, labels = _composite(clip, labels, layer, highest[index] + 1 + number, in_front=front > 0.3)

@@ -16,7 +16,7 @@ from .measurements import sha256_of
 # What of a run's settings tells how the weights came about; the others are paths and bookkeeping.
 SETTINGS = (
     "supervision att_weight att_maps intra_weight inter_weight kl_weight representation_weight temperature stages "
-    "video_share max_gap max_objects paste pastes leave distractor occluder kin gradient_frames own_masks_start "
+    "video_share max_gap max_objects paste pastes leave distractor cords occluder kin gradient_frames own_masks_start "
     "own_masks_end own_masks_from own_masks_until init_except freeze freeze_until ce_weight jaccard_weight "
     "bootstrap_share learning_rate backbone_lr_scale offset_lr_scale warm_up poly_power weight_decay max_grad_norm "
     "ema_decay mixed_precision seed train_on_held_out"

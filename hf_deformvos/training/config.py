@@ -137,6 +137,7 @@ _SHARES = (
     "own_masks_until",
     "paste",
     "distractor",
+    "cords",
     "occluder",
     "kin",
     "leave",
@@ -263,6 +264,7 @@ class TrainingConfig:
     pastes: int = _help(1, "How many times such a paste is tried, each from another clip of the batch or a copy.")
     leave: float = _help(0.0, "Probability that a pasted object leaves the picture on the way.")
     distractor: float = _help(0.4, "Probability of an unlabelled look-alike that moves by itself.")
+    cords: float = _help(0.0, "Probability of thin cords, mostly tied to an object and part of it.")
     occluder: float = _help(0.1, "Probability of a moving occluder.")
     kin: float = _help(0.0, "Probability that all still images of a batch come from one set, and so look alike.")
     color: float = _help(1.0, "Strength of colour changes.")
@@ -460,6 +462,7 @@ class TrainingConfig:
             pastes=self.pastes,
             leave=self.leave,
             distractor=self.distractor if stage.distractor is None else stage.distractor,
+            cords=self.cords,
             occluder=self.occluder,
             color=self.color,
             motion=self.motion,

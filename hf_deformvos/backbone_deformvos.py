@@ -108,7 +108,7 @@ class MobileNetV2Backbone(nn.Module):
         self.channels = (24, 32, 96, 320) if config.backbone_tail else (24, 32, 96)
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """`(batch_size, 3, 16h+1, 16w+1)` to the features at strides 4, 8, 16 (and 32)."""
+        """`(batch_size, 3, 16k+1, 16m+1)` to the features at strides 4, 8, 16 (and 32)."""
         outputs = []
         hidden = pixel_values
         for index, block in enumerate(self.features):
@@ -171,7 +171,7 @@ class VisionTransformerBackbone(MobileNetV2Backbone):
         self.channels = (*self.channels, vit_config.hidden_size * len(self.vit.channels))
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """`(batch_size, 3, 16h+1, 16w+1)` to MobileNetV2's features and, last, the ViT's on the stride-16 grid."""
+        """`(batch_size, 3, 16k+1, 16m+1)` to MobileNetV2's features and, last, the ViT's on the stride-16 grid."""
         padded = F.pad(pixel_values, (8, 7, 8, 7), mode="replicate")
         size = [side // 16 * self.patch_size for side in padded.shape[-2:]]
         # Antialiased resizing knows no half precision on CPUs.

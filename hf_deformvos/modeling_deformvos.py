@@ -357,7 +357,11 @@ class DeformVosModel(DeformVosPreTrainedModel):
         """Write the memory of a segmented frame, its masks `(B * G, 1 + max_objects, 4h-3, 4w-3)` now known."""
         embedding = self.identity_bank(masks.to(projections[0].key.dtype))
         layers = tuple(
-            LayerMemory(projection.key, layer.remember(projection, embedding), projection.identification)
+            LayerMemory(
+                projection.key,
+                layer.remember(projection.value, projection.identification, embedding),
+                projection.identification,
+            )
             for layer, projection in zip(self.layers, projections, strict=True)
         )
         return MemoryFrame(frame_idx, layers, masks, is_reference)
@@ -369,13 +373,10 @@ class DeformVosModel(DeformVosPreTrainedModel):
         written = []
         for index, layer in enumerate(self.layers):
             projection = layer.project(visual, identification)
-            values = layer.remember(projection, embedding)
-            written.append(LayerMemory(projection.key, values, projection.identification))
+            key, values = projection.key, layer.remember(projection.value, projection.identification, embedding)
+            written.append(LayerMemory(key, values, projection.identification))
             if index + 1 < len(self.layers):
-                own = (projection.key, values)
-                visual, identification, _, _ = layer(
-                    visual, identification, projection, [own[0]], [own[1]], own[0], own[1]
-                )
+                visual, identification, _, _ = layer(visual, identification, projection, [key], [values], key, values)
         return MemoryFrame(frame_idx, tuple(written), masks, is_reference=True)
 
     @torch.no_grad()
@@ -396,7 +397,7 @@ class DeformVosModel(DeformVosPreTrainedModel):
                 if identification is not None:
                     identification = _fit_groups(identification, len(masks))
                 known = None if identification is None else identification.to(self.dtype)
-                values = layer.remember(LayerProjection(memory.key, visual, visual, known), embedding)
+                values = layer.remember(visual, known, embedding)
                 layers.append(LayerMemory(memory.key, values.to(dtype), identification))
         return MemoryFrame(frame.frame_idx, tuple(layers), masks, frame.is_reference)
 
@@ -425,8 +426,7 @@ class DeformVosModel(DeformVosPreTrainedModel):
                 Normalised frames; sides of the form 16k+1.
             id_masks (`torch.LongTensor` of shape `(batch_size, 1 or num_frames, height, width)`):
                 0 is background, 1 to `num_objects` are objects; other values are void to the loss, and background to
-                the memory. Frames beyond the first are needed only
-                where they are teacher-forced.
+                the memory. Frames beyond the first are needed only where they are teacher-forced.
             num_objects (`int`): the most objects that a clip of the batch holds.
             object_valid (`torch.BoolTensor` of shape `(batch_size, num_objects)`, *optional*):
                 Which objects exist in each clip; all by default.
@@ -463,12 +463,11 @@ class DeformVosModel(DeformVosPreTrainedModel):
             )
         self._check_clip(pixel_values, id_masks, num_objects)
         slots = self._slots(object_slots, pixel_values.shape[0], num_objects, pixel_values.device)
-        valid = self._valid(object_valid, slots, num_objects)
+        valid = self._valid(object_valid, slots)
         for name, value in (("gradient_frames", gradient_frames), ("memory_interval", memory_interval)):
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        if isinstance(teacher_forcing, (int, float)) and teacher_forcing > 0:
-            self._check_forced(teacher_forcing, id_masks, pixel_values)
+        self._check_forced(teacher_forcing, id_masks, pixel_values)
         frames = self._roll(
             pixel_values,
             id_masks,
@@ -501,7 +500,8 @@ class DeformVosModel(DeformVosPreTrainedModel):
 
         Args:
             inference_session ([`DeformVosInferenceSession`]): a session that was opened with `video`.
-            start_frame_idx (`int`, *optional*): by default the earliest frame with a mask.
+            start_frame_idx (`int`, *optional*): by default the earliest frame with a mask; of a stream, where it
+                stands.
             max_frame_num_to_track (`int`, *optional*): how many frames to go beyond the first.
             reverse (`bool`, defaults to `False`): towards the beginning; the video must be seekable.
             show_progress_bar (`bool`, defaults to `False`).
@@ -531,6 +531,8 @@ class DeformVosModel(DeformVosPreTrainedModel):
             with nullcontext() if index >= first_learned else _without_gradients():
                 segmentation = self.segment(per_frame[index], memory)
                 segmentations.append(segmentation)
+                if index == num_frames - 1:
+                    break
                 masks = self.logits_to_masks(segmentation.logits.detach(), valid)
                 if index < len(given):
                     masks = torch.where(forced[:, index, None, None, None], given[index].to(masks.dtype), masks)
@@ -604,11 +606,22 @@ class DeformVosModel(DeformVosPreTrainedModel):
             raise ValueError(f"`num_objects` must be at least 1, got {num_objects}.")
 
     @staticmethod
-    def _check_forced(teacher_forcing: float, id_masks: torch.Tensor, pixel_values: torch.Tensor):
-        if id_masks.shape[1] < pixel_values.shape[1]:
+    def _check_forced(teacher_forcing, id_masks: torch.Tensor, pixel_values: torch.Tensor):
+        num_given, num_frames = id_masks.shape[1], pixel_values.shape[1]
+        if isinstance(teacher_forcing, torch.Tensor):
+            shape = (len(pixel_values), num_frames)
+            if teacher_forcing.shape != shape:
+                raise ValueError(f"`teacher_forcing` must be {shape}, got {tuple(teacher_forcing.shape)}.")
+            # Only where it costs nothing: reading values back would make a GPU wait.
+            if teacher_forcing.device.type == "cpu" and bool(teacher_forcing[:, num_given:].any()):
+                raise ValueError(
+                    f"`teacher_forcing` asks for frames that `id_masks` lacks: it holds the first {num_given} of "
+                    f"{num_frames}."
+                )
+        elif teacher_forcing > 0 and num_given < num_frames:
             raise ValueError(
-                f"`teacher_forcing` {teacher_forcing} needs the masks of all {pixel_values.shape[1]} frames, got "
-                f"`id_masks` of {id_masks.shape[1]}; without them, leave it at 0."
+                f"`teacher_forcing` {teacher_forcing} needs the masks of all {num_frames} frames, got "
+                f"`id_masks` of {num_given}; without them, leave it at 0."
             )
 
     def _slots(self, object_slots, batch_size: int, num_objects: int, device: torch.device) -> torch.Tensor:
@@ -631,7 +644,7 @@ class DeformVosModel(DeformVosPreTrainedModel):
                 )
         return object_slots.to(device)
 
-    def _valid(self, object_valid, slots: torch.Tensor, num_objects: int) -> torch.Tensor:
+    def _valid(self, object_valid, slots: torch.Tensor) -> torch.Tensor:
         """Background and the slots that hold an object, `(B, 1 + max_objects)` bool."""
         if object_valid is None:
             object_valid = torch.ones_like(slots, dtype=torch.bool)

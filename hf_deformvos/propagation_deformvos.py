@@ -118,7 +118,8 @@ class IdentityConvolution(nn.Conv2d):
 
 class OffsetNetwork(nn.Module):
     """
-    Depth-wise convolution, layer norm, GELU and a 1x1 convolution that predict bounded offsets in tokens.
+    Depth-wise convolution, layer norm, GELU and a 1x1 convolution that predict offsets in tokens, which its callers
+    bound.
 
     The last convolution starts at zero: an untrained network leaves every reference point where it is, and the
     attention is exactly the vanilla one on those points.
@@ -341,7 +342,6 @@ class GatedDeformablePropagationLayer(GradientCheckpointingLayer):
     def __init__(self, config: DeformVosConfig, layer_idx: int):
         super().__init__()
         hidden, key, value = config.hidden_size, config.key_size, config.value_size
-        self.layer_idx = layer_idx
         self.visual_norm = ChannelNorm(hidden, eps=config.layer_norm_eps)
         self.query_key = nn.Conv2d(hidden, key, 1)
         self.visual_value = nn.Conv2d(hidden, value, 1)
@@ -382,14 +382,23 @@ class GatedDeformablePropagationLayer(GradientCheckpointingLayer):
             identification=identification,
         )
 
-    def remember(self, frame: LayerProjection, id_embedding: torch.Tensor) -> torch.Tensor:
-        """Values of both branches, `(B, value_size * (1 + G), h, w)`, once the frame's masks `(B * G, C, h, w)` are
-        known: `V_id = SiLU(W [M | id])`."""
-        inputs = id_embedding
-        if frame.identification is not None:
-            inputs = torch.cat([frame.identification, id_embedding], dim=1)
+    def remember(
+        self, value: torch.Tensor, identification: torch.Tensor | None, id_embedding: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Values of both branches, once a frame's masks are known: `V_id = SiLU(W [M | id])`.
+
+        Args:
+            value (`(B, value_size, h, w)`): V, as [`project`] returns it.
+            identification (`(B * G, C, h, w)` or `None` in the first layer): M, as [`project`] returns it.
+            id_embedding (`(B * G, C, h, w)`): what the identity bank makes of the masks.
+
+        Returns:
+            `(B, value_size * (1 + G), h, w)`.
+        """
+        inputs = id_embedding if identification is None else torch.cat([identification, id_embedding], dim=1)
         id_values = F.silu(self.id_value(inputs))
-        return torch.cat([frame.value, merge_groups(id_values, frame.value.shape[0])], dim=1)
+        return torch.cat([value, merge_groups(id_values, value.shape[0])], dim=1)
 
     def forward(
         self,

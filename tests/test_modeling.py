@@ -412,6 +412,14 @@ def test_configuration_is_validated(change, message):
         (lambda m, p, y: m(p, y, 2, object_slots=torch.tensor([[0, 1], [3, 99]])), "0 to"),
         (lambda m, p, y: m(p, y, 2, memory_interval=0), "`memory_interval` must be at least 1, got 0"),
         (lambda m, p, y: m(p, y[:, :1], 2, teacher_forcing=1.0), "needs the masks of all 3 frames, got .* 1"),
+        (
+            lambda m, p, y: m(p, y[:, :1], 2, teacher_forcing=torch.ones(len(p), 3, dtype=torch.bool)),
+            "asks for frames that `id_masks` lacks: it holds the first 1 of 3",
+        ),
+        (
+            lambda m, p, y: m(p, y, 2, teacher_forcing=torch.ones(3, dtype=torch.bool)),
+            r"`teacher_forcing` must be \(2, 3\), got \(3,\)",
+        ),
     ],
 )
 def test_bad_clips_are_refused(tiny_model, call, message):

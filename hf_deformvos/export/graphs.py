@@ -11,7 +11,6 @@ from torch.export import Dim
 from ..inference_session_deformvos import _aggregate_groups
 from ..memory_deformvos import LayerMemory, MemoryBank, MemoryFrame
 from ..modeling_deformvos import DeformVosModel, ImageFeatures
-from ..propagation_deformvos import LayerProjection
 
 
 # Lengths that a graph is traced with: all different, and none 0 or 1, which tracing would take for fixed.
@@ -107,7 +106,7 @@ class WriteGraph(nn.Module):
         for index, layer in enumerate(self.model.layers):
             visual = visual_values[index : index + 1]
             known = identification[index - 1] if index else None
-            values.append(layer.remember(LayerProjection(visual, visual, visual, known), embedding))
+            values.append(layer.remember(visual, known, embedding))
         return torch.cat(values)
 
 

@@ -7,7 +7,7 @@ import torch
 from test_transforms import NOTHING, generator, make_raw
 
 from hf_deformvos.data import AugmentConfig, augment_clips, cords
-from hf_deformvos.data.cords import Path, add_cords
+from hf_deformvos.data.cords import BundlePath, add_cords
 from hf_deformvos.data.store import VOID
 from hf_deformvos.training.config import TrainingConfig
 
@@ -124,7 +124,7 @@ def test_a_cord_without_length_draws_nothing():
     clip, labels = torch.zeros(1, 3, 17, 17), torch.zeros(1, 17, 17, dtype=torch.uint8)
     labels[:, 8, 8] = 1
     point = torch.tensor([[[8.0, 8.0]]])
-    cords._draw_bundle(clip, labels, Path(point, point, torch.ones(1, dtype=torch.bool)), 1, generator(0))
+    cords._draw_bundle(clip, labels, BundlePath(point, point, torch.ones(1, dtype=torch.bool)), 1, generator(0))
     assert not clip.any() and labels.sum() == 1
 
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from hf_deformvos.data import (
     list_static_set,
     load_davis,
     load_static_sets,
-    read_mask,
+    read_annotation,
 )
 from hf_deformvos.data.clips import choose_window, cut_window
 from hf_deformvos.data.store import find_objects
@@ -86,7 +87,7 @@ def test_read_mask_takes_every_mode(tmp_path, mode):
     with Image.open(tmp_path / "mask.png") as image:
         assert image.mode == mode
     for merge in (False, True):
-        mask = read_mask(tmp_path / "mask.png", merge)
+        mask = read_annotation(tmp_path / "mask.png", merge)
         assert mask.dtype == np.uint8
         assert np.array_equal(mask, ids)
 
@@ -94,19 +95,19 @@ def test_read_mask_takes_every_mode(tmp_path, mode):
 def test_coloured_masks_are_refused_unless_merged(tmp_path):
     image, ids = draw_scene(20, 30, {1: (5, 5, 15, 15)})
     Image.fromarray(image * ids[..., None]).save(tmp_path / "mask.png")
-    assert np.array_equal(read_mask(tmp_path / "mask.png", merge=True), ids)
+    assert np.array_equal(read_annotation(tmp_path / "mask.png", merge=True), ids)
     with pytest.raises(ValueError, match=r"mask\.png must hold ids as palette entries or grays"):
-        read_mask(tmp_path / "mask.png", merge=False)
+        read_annotation(tmp_path / "mask.png", merge=False)
 
 
 def test_ids_above_255_are_refused_unless_merged(tmp_path):
     ids = np.array([[0, 1, 2], [300, 65535, 0]], np.uint16)
     Image.fromarray(ids).save(tmp_path / "mask.png")
     with pytest.raises(ValueError, match=r"mask\.png must hold ids from 0 to 255, got 65535"):
-        read_mask(tmp_path / "mask.png", merge=False)
-    assert np.array_equal(read_mask(tmp_path / "mask.png", merge=True), ids > 0)
+        read_annotation(tmp_path / "mask.png", merge=False)
+    assert np.array_equal(read_annotation(tmp_path / "mask.png", merge=True), ids > 0)
     Image.fromarray(np.where(ids > 255, 255, ids)).save(tmp_path / "mask.png")
-    assert read_mask(tmp_path / "mask.png", merge=False).tolist() == [[0, 1, 2], [255, 255, 0]]
+    assert read_annotation(tmp_path / "mask.png", merge=False).tolist() == [[0, 1, 2], [255, 255, 0]]
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -118,7 +119,7 @@ def test_grays_of_few_bits_are_refused_unless_merged(tmp_path, options, bits):
     assert not set(np.unique(Image.open(path))) <= {0, 1, 2, 3}
     message = rf"\.png must hold ids in eight bits or as palette entries, got grays of {bits} bits"
     with pytest.raises(ValueError, match=message):
-        read_mask(path, merge=False)
+        read_annotation(path, merge=False)
     with pytest.raises(ValueError, match=rf"no frame could be read; .*{message}"):
         load_static_sets(tmp_path / "sets", **options)
     (merged,) = load_static_sets(tmp_path / "sets", merged_sets=("some",), **options)
@@ -289,6 +290,16 @@ def test_masks_without_an_image_of_a_set_are_reported_by_name_or_refused(tmp_pat
     assert "2 masks have no image (.jpg, .jpeg, .png, .webp, .bmp): 00001.png, 00002.png" in warnings_of_package.text
     with pytest.raises(ValueError, match=r"2 masks have no image .*: 00001\.png, 00002\.png"):
         list_static_set(folder, on_error="raise")
+
+
+def test_hidden_folders_of_a_set_are_left_out(tmp_path, options):
+    folder = write_static_set(tmp_path / "sets" / "some")
+    for part in ("images", "masks"):
+        hidden = folder / part / ".thumbnails"
+        hidden.mkdir()
+        shutil.copy(folder / part / "00000.png", hidden / "00007.png")
+    (store,) = load_static_sets(tmp_path / "sets", on_error="raise", **options)
+    assert store.frame_names == ["00000", "00001", "00002"]
 
 
 def test_masks_of_another_shape_are_reported_or_refused(tmp_path, options, warnings_of_package):

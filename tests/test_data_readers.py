@@ -297,7 +297,7 @@ def test_fingerprints_of_files_stay_what_they_were(tmp_path):
     for path in (entry.image, entry.mask):
         status = path.stat()
         digest.update(f"a|{path.resolve()}|{status.st_size}|{status.st_mtime_ns}\n".encode())
-    assert _fingerprint([entry], 288, False, False, None) == digest.hexdigest()[:16]
+    assert _fingerprint([entry], 288, False, None) == digest.hexdigest()[:16]
 
 
 # ---- datasets -------------------------------------------------------------------------------------------------------

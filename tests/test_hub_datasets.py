@@ -266,6 +266,8 @@ def test_late_objects_and_sparse_masks_score_the_same(tmp_path, config):
             if time >= 4:
                 ids[30:40, 10 + time : 30 + time] = 1
             write_mask(tmp_path / "vos" / "Annotations" / "cat" / f"{time:05d}.png", ids)
+    (tmp_path / "vos" / "ImageSets").mkdir()
+    (tmp_path / "vos" / "ImageSets" / "train.txt").write_text("cat\n")
     export(tmp_path / "vos", tmp_path / "set")
     folder, streamed = both_reports(tmp_path / "vos", tmp_path / "set", config, "folder", split="train")
     assert streamed == folder
@@ -276,6 +278,14 @@ def test_late_objects_and_sparse_masks_score_the_same(tmp_path, config):
     export(tmp_path / "vos", tmp_path / "set")
     with pytest.raises(ValueError, match=r"by the protocol `folder` it may be as it is\. Frame 3 lacks one"):
         evaluate_hub_dataset(tmp_path / "set", config, split="train", loader=load_fake)
+
+
+def test_an_empty_first_mask_is_named_by_its_sequence(tmp_path, config):
+    root = make_davis(tmp_path / "DAVIS", 2016, ["cat"], object_ids=(255,))
+    write_mask(root / "Annotations" / "480p" / "cat" / "00000.png", np.zeros((48, 64), np.uint8))
+    export(root, tmp_path / "set")
+    with pytest.raises(ValueError, match="Sequence 'cat' must show its objects in the first frame, got an empty mask"):
+        evaluate_hub_dataset(tmp_path / "set", config, "davis2016", loader=load_fake)
 
 
 def test_first_masks_alone_are_no_ground_truth(tmp_path, config):

@@ -5,7 +5,7 @@ from .dataset_export import ExportedDataset, SplitCounts, export_davis
 from .davis import HELD_OUT_SEQUENCES, davis_sequences, list_davis, load_davis
 from .hub_dataset import load_hub_dataset, open_hub_dataset
 from .static import list_static_set, load_static_sets
-from .store import VOID, ArrayStore, Frame, FrameEntry, FrameStore, ObjectBox, read_mask
+from .store import VOID, ArrayStore, Frame, FrameEntry, FrameStore, ObjectBox, read_annotation
 from .transforms import AugmentConfig, ClipBatch, augment_clips, recompose
 from .youtube_vos import list_youtube_vos, load_youtube_vos
 
@@ -37,6 +37,6 @@ __all__ = [
     "load_static_sets",
     "load_youtube_vos",
     "open_hub_dataset",
-    "read_mask",
+    "read_annotation",
     "recompose",
 ]

@@ -18,7 +18,7 @@ _FULL_HEIGHT = 480
 
 
 @dataclass(frozen=True)
-class Path:
+class BundlePath:
     """
     Where a bundle goes through a clip, in pixels (x, y).
 
@@ -62,7 +62,7 @@ def add_cords(
         _draw_bundle(clip, labels, path, number, generator)
 
 
-def _tied_path(mask: torch.Tensor, generator: torch.Generator) -> Path:
+def _tied_path(mask: torch.Tensor, generator: torch.Generator) -> BundlePath:
     """A bundle from points of an object, `(frames, height, width)` bool, to ends that stay or are carried along."""
     center, size = _follow(mask)
     height = mask.shape[1]
@@ -80,10 +80,10 @@ def _tied_path(mask: torch.Tensor, generator: torch.Generator) -> Path:
         stops = starts + (stops - chosen) * size.view(-1, 1, 1) + sway
     else:
         stops = stops + sway
-    return Path(starts, stops, mask.flatten(1).any(1).cpu())
+    return BundlePath(starts, stops, mask.flatten(1).any(1).cpu())
 
 
-def _loose_path(clip: torch.Tensor, generator: torch.Generator) -> Path:
+def _loose_path(clip: torch.Tensor, generator: torch.Generator) -> BundlePath:
     """A bundle from anywhere in the picture that moves little."""
     frames, _, height, width = clip.shape
     cords = int(torch.randint(1, _MOST_CORDS + 1, (), generator=generator))
@@ -91,7 +91,7 @@ def _loose_path(clip: torch.Tensor, generator: torch.Generator) -> Path:
     starts = middle + uniform(generator, cords, 2) * 0.15 * height
     stops = starts + _rays(cords, float(uniform(generator, 1)) * math.pi, height, generator)
     walk = random_walk(generator, 1, frames, 2)[0].unsqueeze(1) * 0.03 * height
-    return Path(starts + walk, stops + walk, torch.ones(frames, dtype=torch.bool))
+    return BundlePath(starts + walk, stops + walk, torch.ones(frames, dtype=torch.bool))
 
 
 def _rays(cords: int, angle: float, height: int, generator: torch.Generator) -> torch.Tensor:
@@ -115,7 +115,7 @@ def _follow(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _draw_bundle(
-    clip: torch.Tensor, labels: torch.Tensor, path: Path, number: int, generator: torch.Generator
+    clip: torch.Tensor, labels: torch.Tensor, path: BundlePath, number: int, generator: torch.Generator
 ) -> None:
     """Draws a bundle into one clip; cords that belong to nothing pass behind objects, mostly."""
     height = clip.shape[2]

@@ -24,7 +24,7 @@ from ..image_processing_deformvos import to_rgb
 from .davis import davis_sequences, frame_folders, is_one_object
 from .folders import check_masks_have_frames, image_files, masks_by_frame, read_split, subfolder_names
 from .hub_dataset import import_datasets
-from .store import READ_ERRORS, VOID, FrameEntry, mask_values, read_mask
+from .store import READ_ERRORS, VOID, FrameEntry, mask_values, read_annotation
 
 
 if TYPE_CHECKING:
@@ -247,7 +247,7 @@ def _check_sequence(name: str, items: list[_Item], one_object: bool, short_side:
             size = image.size
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         if item.mask is not None:
-            values = _mask_values(item.mask, one_object, size)
+            values = _distinct_ids(item.mask, one_object, size)
             found.update(values)
         scale = 1 if short_side is None else min(1, short_side / min(size))
         sizes.append((round(size[0] * scale), round(size[1] * scale)) if scale < 1 else size)
@@ -270,11 +270,11 @@ def _open(path: Path) -> Image.Image:
     return image
 
 
-def _mask_values(path: Path, one_object: bool, size: tuple[int, int]) -> list[int]:
+def _distinct_ids(path: Path, one_object: bool, size: tuple[int, int]) -> list[int]:
     """The values of a mask that must have a frame's size."""
     with _open(path) as image:
         # Read anew where bits matter: what is decoded does not tell how many there were.
-        mask = mask_values(image, True, str(path)) if one_object else read_mask(path, False)
+        mask = mask_values(image, True, str(path)) if one_object else read_annotation(path, False)
     if mask.shape[::-1] != size:
         raise ValueError(
             f"{path} must have its frame's size {size[0]}x{size[1]}, got {mask.shape[1]}x{mask.shape[0]}."

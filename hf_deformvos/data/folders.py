@@ -7,7 +7,7 @@ from pathlib import Path
 from ..video_source_deformvos import natural_key
 
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+DATASET_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 RESOLUTIONS = ("480p", "Full-Resolution", "1080p")
 
 
@@ -18,7 +18,7 @@ def image_files(folder: Path) -> list[Path]:
     Raises:
         ValueError: If two of them are called alike but for the suffix, and so are the same frame.
     """
-    files = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."]
+    files = [path for path in folder.iterdir() if path.suffix.lower() in DATASET_SUFFIXES and path.name[0] != "."]
     by_stem: dict[str, Path] = {}
     for path in sorted(files):
         if path.stem in by_stem:

@@ -151,8 +151,8 @@ def load_hub_dataset(
         short_side (`int`): Largest short side of stored frames, in pixels.
         split (`str`): Which split.
         streaming (`bool`): Whether a Hub repository is read without downloading it.
-        merge (`bool` or `str`, *optional*): Whether all mask values above 0 are one object, see [`read_mask`]; default
-            where `object_ids` lists 255.
+        merge (`bool` or `str`, *optional*): Whether all mask values above 0 are one object, see [`read_annotation`];
+            default where `object_ids` lists 255.
         exclude (sequence of `str`): Sequences to leave out.
         max_sequences (`int`, *optional*): How many sequences to read, in the order of the set; default all.
         cache_dir, show_progress_bar: See [`FrameStore.build`].
@@ -438,7 +438,7 @@ def _frames(
     merge: bool | str | None,
 ) -> Iterator[DatasetFrame]:
     """Frames of the first sequences that are wanted and not excluded; checks that rows are in order."""
-    finished: set[str] = set()
+    seen: set[str] = set()
     taken, skipped = 0, False
     sequence, index = None, None
     for number, row in enumerate(rows):
@@ -446,12 +446,12 @@ def _frames(
         if row["sequence"] is None or row["frame_index"] is None:
             raise ValueError(f"{where} must have a sequence and a frame index.")
         if row["sequence"] != sequence:
-            if row["sequence"] in finished:
+            if row["sequence"] in seen:
                 raise ValueError(
                     f"{where} must follow the other rows of its sequence, but stands after sequence {sequence!r}; "
                     "sort the set by sequence and frame index."
                 )
-            finished.add(row["sequence"])
+            seen.add(row["sequence"])
             sequence, index = row["sequence"], None
             skipped = sequence in excluded or (wanted is not None and sequence not in wanted)
             # Of those that are named there is none left to wait for.

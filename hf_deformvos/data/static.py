@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .davis import ANNOTATION_FOLDERS
-from .folders import IMAGE_SUFFIXES
+from .folders import DATASET_SUFFIXES
 from .store import FrameEntry, FrameStore, first_masks, report_missing, uses_255
 
 
@@ -45,10 +45,12 @@ def find_layout(folder: str | Path) -> tuple[Path, Path] | None:
 
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
-    """Names relative to the folder, without suffix, and paths of the images in it and below it, sorted."""
+    """Names relative to the folder, without suffix, and paths of the images in it and below it, sorted;
+    hidden files and folders are left out."""
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in suffixes and path.name[0] != ".":
-            yield path.relative_to(folder).with_suffix("").as_posix(), path
+        inside = path.relative_to(folder)
+        if path.suffix.lower() in suffixes and not any(part.startswith(".") for part in inside.parts):
+            yield inside.with_suffix("").as_posix(), path
 
 
 def list_static_set(folder: str | Path, on_error: str = "skip") -> list[FrameEntry]:
@@ -79,8 +81,8 @@ def list_static_set(folder: str | Path, on_error: str = "skip") -> list[FrameEnt
     images, masks = layout
     # Photographs are JPEG where both are in one folder.
     beside = images == masks
-    suffixes = (".jpg", ".jpeg") if beside else IMAGE_SUFFIXES
-    found = dict(_files(masks, (".png",) if beside else IMAGE_SUFFIXES))
+    suffixes = (".jpg", ".jpeg") if beside else DATASET_SUFFIXES
+    found = dict(_files(masks, (".png",) if beside else DATASET_SUFFIXES))
     entries, missing = [], []
     for name, path in _files(images, suffixes):
         mask = found.get(name, found.get(f"{name}_mask"))

@@ -59,7 +59,7 @@ class Frame(Protocol):
         """The picture, RGB, at its own size."""
 
     def read_mask(self, merge: bool | str) -> np.ndarray:
-        """The mask as [`read_mask`] returns it."""
+        """The mask as [`read_annotation`] returns it."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ class FrameEntry:
             return to_rgb(handle)
 
     def read_mask(self, merge: bool | str) -> np.ndarray:
-        """See [`read_mask`]."""
-        return read_mask(self.mask, merge)
+        """See [`read_annotation`]."""
+        return read_annotation(self.mask, merge)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def report_missing(folder: str, names: list[str], on_error: str, what: str = "im
     logger.warning(f"{message}; they are left out.")
 
 
-def read_mask(path: Path, merge: bool | str) -> np.ndarray:
+def read_annotation(path: Path, merge: bool | str) -> np.ndarray:
     """
     Reads a mask file as ids.
 
@@ -137,7 +137,7 @@ def read_mask(path: Path, merge: bool | str) -> np.ndarray:
 
 
 def mask_ids(image: Image.Image, merge: bool | str, label: str) -> np.ndarray:
-    """The ids of an opened mask, see [`read_mask`]; `label` names it in errors."""
+    """The ids of an opened mask, see [`read_annotation`]; `label` names it in errors."""
     values = mask_values(image, merge, label)
     mask = _as_uint8(values)
     if not merge:
@@ -217,12 +217,12 @@ def uses_255(masks: Iterable[np.ndarray]) -> bool:
     return bool(areas[VOID] and (is_edged or not 1 <= others.size < 64))
 
 
-def _read_entry(entry: Frame, short_side: int, merge: bool | str, upscale: bool) -> tuple[np.ndarray, np.ndarray]:
+def _read_entry(entry: Frame, short_side: int, merge: bool | str) -> tuple[np.ndarray, np.ndarray]:
     """Decodes and resizes one frame and its mask."""
     image, mask = entry.read_image(), entry.read_mask(merge)
     _check_proportions(image.size, mask.shape[::-1])
     scale = short_side / min(image.size)
-    if scale < 1 or (upscale and scale > 1):
+    if scale < 1:
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.LANCZOS)
     if mask.shape[::-1] != image.size:
         mask = np.asarray(Image.fromarray(mask).resize(image.size, Image.NEAREST))
@@ -325,7 +325,6 @@ class FrameStore:
         short_side: int,
         merge: bool | str,
         cache_dir: str | Path | None = None,
-        upscale: bool = False,
         on_error: str = "skip",
         show_progress_bar: bool = True,
         fingerprint: str | None = None,
@@ -338,9 +337,8 @@ class FrameStore:
             entries (iterable of [`Frame`]): Frames; those of a sequence follow one another in time order. Without
                 `fingerprint` they are [`FrameEntry`], whose files tell whether a store of them is in the cache.
             short_side (`int`): Short side of stored frames in pixels; smaller frames stay as they are.
-            merge (`bool` or `str`): Whether all mask values above 0 are one object, see [`read_mask`].
+            merge (`bool` or `str`): Whether all mask values above 0 are one object, see [`read_annotation`].
             cache_dir (`str` or `Path`, *optional*): Where stores live; default [`default_cache_dir`].
-            upscale (`bool`): Whether frames smaller than `short_side` are enlarged.
             on_error (`str`): `"skip"` reports and leaves out files that cannot be read, `"raise"` refuses them.
             show_progress_bar (`bool`): Whether decoding shows a bar.
             fingerprint (`str`, *optional*): Text that changes whenever the frames do. `entries` may then be a
@@ -359,7 +357,7 @@ class FrameStore:
             if not entries:
                 raise ValueError(f"Data set {name!r} has no frame with a mask; check its folder.")
         parent = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-        folder = parent / f"{name}-{short_side}-{_fingerprint(entries, short_side, merge, upscale, fingerprint)}"
+        folder = parent / f"{name}-{short_side}-{_fingerprint(entries, short_side, merge, fingerprint)}"
         if (folder / "meta.json").is_file():
             store = cls(folder)
             _report_unreadable(store, on_error)
@@ -370,7 +368,7 @@ class FrameStore:
         temporary.mkdir()
         try:
             skipped: list[str] = []
-            decoded = _decode(entries, short_side, merge, upscale, on_error, name, show_progress_bar, skipped)
+            decoded = _decode(entries, short_side, merge, on_error, name, show_progress_bar, skipped)
             _write(temporary, name, decoded, skipped)
             try:
                 os.replace(temporary, folder)
@@ -386,11 +384,10 @@ class FrameStore:
         return store
 
 
-def _fingerprint(
-    entries: Iterable[FrameEntry], short_side: int, merge: bool | str, upscale: bool, given: str | None
-) -> str:
+def _fingerprint(entries: Iterable[FrameEntry], short_side: int, merge: bool | str, given: str | None) -> str:
     """Hash of everything that decides a store's content."""
-    digest = hashlib.sha256(json.dumps([_CACHE_FORMAT, short_side, merge, upscale]).encode())
+    # The last item is that of an option which is gone; without it every store would be decoded again.
+    digest = hashlib.sha256(json.dumps([_CACHE_FORMAT, short_side, merge, False]).encode())
     if given is not None:
         digest.update(given.encode())
         return digest.hexdigest()[:16]
@@ -416,7 +413,6 @@ def _decode(
     entries: Iterable[Frame],
     short_side: int,
     merge: bool | str,
-    upscale: bool,
     on_error: str,
     name: str,
     show: bool,
@@ -433,7 +429,7 @@ def _decode(
         upcoming = iter(entries)
         while True:
             while len(pending) < 4 * workers and (entry := next(upcoming, None)) is not None:
-                pending.append((entry, pool.submit(_read_entry, entry, short_side, merge, upscale)))
+                pending.append((entry, pool.submit(_read_entry, entry, short_side, merge)))
             if not pending:
                 return
             entry, future = pending.popleft()

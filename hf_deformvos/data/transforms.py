@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from .clips import RawBatch
 from .cords import add_cords
-from .draws import STEADY_FRAMES, pick, random_walk, uniform
+from .draws import STEADY_FRAMES, chance, pick, random_walk, uniform
 from .store import VOID
 
 
@@ -512,34 +512,21 @@ def _paste_all(images: torch.Tensor, ids: torch.Tensor, config: AugmentConfig, g
     """Adds labelled objects, look-alikes and occluders in place; the clips of the batch are the donors."""
     batch = images.shape[0]
     draws = torch.rand(batch, 4, generator=generator).tolist()
-    donors = torch.randint(1, max(batch, 2), (batch, 2), generator=generator)
+    donors = torch.randint(1, max(batch, 2), (batch, 2), generator=generator).tolist()
     pastes = torch.rand(batch, config.pastes, 3, generator=generator).tolist()
-    paste_donors = torch.randint(1, max(batch, 2), (batch, config.pastes), generator=generator)
-    present = _present(ids, config)
-    highest = torch.where(ids == VOID, 0, ids).flatten(1).amax(1).tolist()
-    several = config.pastes > 1
+    paste_donors = torch.randint(1, max(batch, 2), (batch, config.pastes), generator=generator).tolist()
+    donated = _Donors(images, ids, _present(ids, config), config, generator)
     changed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for index in range(batch):
-        donor = [(index + int(step)) % batch for step in donors[index]]
         distractor, occluder, copy, front = draws[index]
+        beside, before = ((index + step) % batch for step in donors[index])
         clip, labels = original = images[index], ids[index]
         if distractor < config.distractor:
-            source = index if copy < 0.6 or not present[donor[0]] else donor[0]
-            if present[source]:
-                layer = _draw_layer(
-                    images[source], ids[source], pick(present[source], generator), (0.7, 1.2), generator
-                )
-                clip, labels = _composite(clip, labels, layer, 0, in_front=front < 0.4)
-        for number in range(config.pastes):
-            paste, twin, front = pastes[index][number]
-            source = index if several and twin < _TWINS else (index + int(paste_donors[index, number])) % batch
-            if paste < config.paste and present[source] and (several or source != index):
-                chosen = pick(present[source], generator)
-                leaves = config.leave > 0 and float(torch.rand((), generator=generator)) < config.leave
-                layer = _draw_layer(images[source], ids[source], chosen, (0.5, 1.2), generator, leaves)
-                clip, labels = _composite(clip, labels, layer, highest[index] + 1 + number, in_front=front > 0.3)
+            clip, labels = donated.add_look_alike(clip, labels, index, beside, copy, front)
+        for number, (draw, step) in enumerate(zip(pastes[index], paste_donors[index], strict=True), start=1):
+            clip, labels = donated.add_object(clip, labels, index, (index + step) % batch, number, *draw)
         if occluder < config.occluder:
-            layer = _occluder_layer(images[donor[1]], generator)
+            layer = _occluder_layer(images[before], generator)
             clip, labels = _composite(clip, labels, layer, 0, in_front=True)
         # Several layers together may hide what each of them alone would not.
         if clip is not original[0] and int(_first_areas(labels[None]).max()) >= config.min_area:
@@ -547,6 +534,54 @@ def _paste_all(images: torch.Tensor, ids: torch.Tensor, config: AugmentConfig, g
     # Only now: until here every clip may still be a donor.
     for index, (clip, labels) in changed.items():
         images[index], ids[index] = clip, labels
+
+
+@dataclass
+class _Donors:
+    """The clips of a batch, from which objects are pasted; `present` are the ids that each shows well at first."""
+
+    images: torch.Tensor
+    ids: torch.Tensor
+    present: list[list[int]]
+    config: AugmentConfig
+    generator: torch.Generator
+
+    def add_look_alike(
+        self, clip: torch.Tensor, labels: torch.Tensor, index: int, donor: int, copy: float, front: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """An unlabelled copy of one of clip `index`'s own objects, or of the donor's."""
+        source = index if copy < 0.6 or not self.present[donor] else donor
+        if not self.present[source]:
+            return clip, labels
+        layer = self._draw(source, (0.7, 1.2))
+        return _composite(clip, labels, layer, 0, in_front=front < 0.4)
+
+    def add_object(
+        self,
+        clip: torch.Tensor,
+        labels: torch.Tensor,
+        index: int,
+        donor: int,
+        number: int,
+        paste: float,
+        twin: float,
+        front: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Paste number `number` of clip `index`: one more labelled object, of the donor's or a copy of its own."""
+        config = self.config
+        several = config.pastes > 1
+        source = index if several and twin < _TWINS else donor
+        if paste >= config.paste or not self.present[source] or (source == index and not several):
+            return clip, labels
+        layer = self._draw(source, (0.5, 1.2), config.leave)
+        highest = int(torch.where(self.ids[index] == VOID, 0, self.ids[index]).max())
+        return _composite(clip, labels, layer, highest + number, in_front=front > 0.3)
+
+    def _draw(self, source: int, scale: tuple[float, float], leave: float = 0.0) -> _Layer:
+        """One of a clip's objects on a path of its own, which may lead out of the picture."""
+        number = pick(self.present[source], self.generator)
+        leaves = leave > 0 and chance(self.generator, leave)
+        return _draw_layer(self.images[source], self.ids[source], number, scale, self.generator, leaves)
 
 
 def recompose(
@@ -581,7 +616,7 @@ def recompose(
         void = backdrops.id_masks[index] == VOID
         clip, labels = backdrops.pixel_values[index], torch.where(void, VOID, 0)
         for position in torch.randperm(len(present), generator=generator).tolist():
-            leaves = bool(torch.rand((), generator=generator) < leave)
+            leaves = chance(generator, leave)
             source = clips.pixel_values[index], clips.id_masks[index]
             layer = _draw_layer(*source, present[position], _RECOMPOSED_SCALE, generator, leaves)
             clip, labels = _composite(clip, labels, layer, present[position], in_front=True)

@@ -166,6 +166,13 @@ def short(path: str | Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
+def is_quick_start(arguments: list[str], config: TrainingConfig) -> bool:
+    """Whether the example clip is learned, by the recipe for that; on other videos it is a recipe like any other."""
+    if not arguments:
+        return True
+    return Path(arguments[0]).resolve() == QUICK_START and config.video_dirs == parse([str(QUICK_START)]).video_dirs
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parses, builds, trains; users' mistakes end with one line and exit code 2."""
     started = time.perf_counter()
@@ -174,10 +181,9 @@ def main(arguments: list[str] | None = None) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        is_quick_start = not arguments or Path(arguments[0]).resolve() == QUICK_START
         config = parse(arguments or [str(QUICK_START)])
         trainer = build(config)
-        if is_quick_start and trainer.evaluate is not None:
+        if is_quick_start(arguments, config) and trainer.evaluate is not None:
             quick_start(trainer, started)
         else:
             trainer.train()

@@ -44,7 +44,6 @@ def layers_to_id_map(
     editor_value: dict | None,
     palette: np.ndarray,
     size: tuple[int, int],
-    max_objects: int = LIMITS.max_objects,
 ) -> np.ndarray:
     """
     The strokes in an image editor as ids.
@@ -52,9 +51,9 @@ def layers_to_id_map(
     Args:
         editor_value (`dict`, *optional*):
             What `gr.ImageEditor` gives: `layers` are RGBA arrays `(height, width, 4)`; later ones cover earlier ones.
-        palette (`np.ndarray` of shape `(n, 3)`, uint8): colour of each id; those of 1 to `max_objects` are looked for.
+        palette (`np.ndarray` of shape `(n, 3)`, uint8):
+            Colour of each id; those of 1 to `LIMITS.max_objects` are looked for.
         size (`tuple[int, int]`): (height, width) of the video; layers of another size are resized.
-        max_objects (`int`, *optional*): the highest id.
 
     Returns:
         `np.ndarray` of shape `size`, uint8: 0 where nothing is drawn.
@@ -69,7 +68,7 @@ def layers_to_id_map(
         layer = np.asarray(layer)
         if layer.ndim != 3 or layer.shape[2] != 4:
             raise ValueError(f"A layer must be RGBA of shape (height, width, 4), got {layer.shape}.")
-        drawn = _resized(_layer_to_ids(layer, palette[1 : max_objects + 1]), size)
+        drawn = _resized(_layer_to_ids(layer, palette[1 : LIMITS.max_objects + 1]), size)
         np.copyto(id_map, drawn, where=drawn > 0)
     return id_map
 
@@ -211,20 +210,17 @@ def _without_specks(mask: np.ndarray) -> np.ndarray:
     return (areas >= max(_MIN_PART * areas.max(), 1))[labels].astype(np.uint8)
 
 
-def mask_file_to_id_map(
-    path: str | os.PathLike, size: tuple[int, int], max_objects: int = LIMITS.max_objects
-) -> np.ndarray:
+def mask_file_to_id_map(path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:
     """
     A mask that another tool wrote: palette, grey, black-and-white or coloured PNG.
 
     Args:
         path (`str` or `os.PathLike`): the file.
         size (`tuple[int, int]`): (height, width) of the video; a mask of another size is resized.
-        max_objects (`int`, *optional*): how many objects there may be.
 
     Returns:
-        `np.ndarray` of shape `size`, uint8: the file's ids; if one is above `max_objects`, the ids in ascending order
-        become 1, 2 and so on.
+        `np.ndarray` of shape `size`, uint8: the file's ids; if one is above `LIMITS.max_objects`, the ids in
+        ascending order become 1, 2 and so on.
 
     Raises:
         DemoError: if the file is no mask, is empty, or has too many objects.
@@ -236,11 +232,11 @@ def mask_file_to_id_map(
         text = str(error).replace(os.fspath(path), name)
         raise DemoError(text[:1].upper() + text[1:]) from error
     present = np.unique(ids[ids > 0])
-    if len(present) > max_objects:
+    if len(present) > LIMITS.max_objects:
         raise DemoError(
-            f"{name} holds {len(present)} objects; up to {max_objects} can be followed at once. Take some away."
+            f"{name} holds {len(present)} objects; up to {LIMITS.max_objects} can be followed at once. Take some away."
         )
-    if present.max() > max_objects:
+    if present.max() > LIMITS.max_objects:
         ids = np.where(ids > 0, np.searchsorted(present, ids) + 1, 0)
     return ids.astype(np.uint8)
 

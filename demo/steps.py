@@ -325,7 +325,7 @@ class Steps:
             updates[ui.box_hint] = page.hint(page.BOX_HINT)
         if editing.tool == "file":
             text = f"{page.frame_label(workspace, frame_idx)}, as it is marked"
-            updates[ui.file_picture] = page.picture(self._marked(workspace, frame_idx), text.capitalize())
+            updates[ui.file_picture] = page.picture(workspace.overlay(frame_idx), text.capitalize())
         return updates
 
     def _is_in_editor(self, workspace: Workspace, editing: Editing) -> bool:
@@ -338,12 +338,7 @@ class Steps:
     def _resting(self, workspace: Workspace, editing: Editing) -> str:
         """What stands in the editor's place during a run: Gradio reads the editor with every sign of progress."""
         text = f"{self._caption(workspace, editing.frame)}, as it is marked. The brush rests until the run is over."
-        return page.picture(self._marked(workspace, editing.frame), text)
-
-    @staticmethod
-    def _marked(workspace: Workspace, frame_idx: int) -> np.ndarray:
-        """A frame as its marks, else its result, have it."""
-        return workspace.overlay(frame_idx)
+        return page.picture(workspace.overlay(editing.frame), text)
 
     @staticmethod
     def _enlargement(workspace: Workspace) -> int:
@@ -353,22 +348,25 @@ class Steps:
     def _enlarged(self, workspace: Workspace, frame_idx: int) -> np.ndarray:
         """A frame with its marks for the box tool."""
         times = self._enlargement(workspace)
-        image = self._marked(workspace, frame_idx)
+        image = workspace.overlay(frame_idx)
         return image if times == 1 else cv2.resize(image, None, fx=times, fy=times, interpolation=cv2.INTER_CUBIC)
 
     @staticmethod
     def _box_picture(workspace: Workspace, image: np.ndarray) -> str:
         return str(workspace.keep_picture("box", image, ".jpg"))
 
+    @staticmethod
+    def _choices(editing: Editing) -> list[tuple[str, int]]:
+        return [(name or f"Object {i}", i) for i, name in enumerate(editing.names, start=1)]
+
     def _objects(self, editing: Editing) -> dict:
         """The objects to choose from; not which one is chosen: a visitor may be choosing or naming one just now."""
-        choices = [(name or f"Object {i}", i) for i, name in enumerate(editing.names, start=1)]
-        return gr.update(choices=choices)
+        return gr.update(choices=self._choices(editing))
 
     def _show_object(self, editing: Editing) -> dict:
         """The chosen object: for what chooses one, and nothing else."""
         return {
-            self.ui.objects: gr.update(**{**self._objects(editing), "value": editing.obj_id}),
+            self.ui.objects: gr.update(choices=self._choices(editing), value=editing.obj_id),
             self.ui.name: editing.names[editing.obj_id - 1],
             self.ui.named: editing.obj_id,
         }

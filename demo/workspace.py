@@ -417,14 +417,13 @@ class Workspace:
         """When a frame is shown, in seconds from the first one."""
         return self._need_frame(frame_idx).timestamps[frame_idx]
 
-    def import_video(self, path: str | os.PathLike, name: str | None = None) -> Iterator[tuple[int, int | None]]:
+    def import_video(self, path: str | os.PathLike) -> Iterator[tuple[int, int | None]]:
         """
         Decode a video file to frames on disk. The earlier video, its marks and masks go when all has been decoded;
         if that fails they stay.
 
         Args:
             path (`str` or `os.PathLike`): the file.
-            name (`str`, *optional*): what to call it, by default as the file is called.
 
         Yields:
             `tuple[int, int | None]`: frames done, and frames expected where the file says so.
@@ -433,7 +432,7 @@ class Workspace:
             DemoError: if the file is no video, is damaged beyond use, exceeds a limit, the disk is full, or it was
                 stopped.
         """
-        name = Path(name or path).name[-80:]
+        name = Path(path).name[-80:]
         with self.busy("reading a video"):
             self._num_imports += 1
             folder = self.folder / str(self._num_imports)

@@ -152,6 +152,13 @@ def commit() -> str | None:
     return found.stdout.strip() or None
 
 
+def read_pairs(option: str, pairs: list[str]) -> dict[str, str]:
+    """What an option says of every label: LABEL=DIR, a model folder each."""
+    if wrong := [pair for pair in pairs if not all(pair.partition("=")[::2])]:
+        raise EvidenceError(f"{option} takes LABEL=DIR, got {wrong}.")
+    return dict(pair.partition("=")[::2] for pair in pairs)
+
+
 def held_out_of(root: str | Path) -> list[str]:
     """The held-out sequences that a DAVIS-layout folder has."""
     names = [name for name in davis_sequences(root) if name in HELD_OUT_SEQUENCES]

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from evidence import NUMBERS, ROOT, EvidenceError, describe_model, guarded, sha256_of, update_record
+from evidence import NUMBERS, ROOT, EvidenceError, describe_model, guarded, read_pairs, sha256_of, update_record
 from PIL import Image
 
 from hf_deformvos.adaptation import AdaptationConfig, GivenFrames
@@ -465,14 +465,6 @@ def make_plots(options: argparse.Namespace) -> None:
         save(figure, name, options.output, facts)
 
 
-def read_models(pairs: list[str]) -> dict[str, str]:
-    """NAME=FOLDER, a model each."""
-    models = dict(pair.partition("=")[::2] for pair in pairs)
-    if wrong := [pair for pair in pairs if "=" not in pair]:
-        raise EvidenceError(f"--models takes NAME=FOLDER, got {wrong}.")
-    return models
-
-
 def find_sequences(options: argparse.Namespace, names: list[str]) -> list[EvaluationSequence]:
     """Sequences of the folder given, in the order given."""
     found = {s.name: s for s in load_dataset_layout(options.layout, options.davis, "train", names).sequences}
@@ -487,7 +479,7 @@ def facts_of(models: dict[str, str], kind: str, caption: str) -> dict:
 
 def make_attention(options: argparse.Namespace) -> None:
     """Draws attention maps and sampled locations."""
-    models = read_models(options.models)
+    models = read_pairs("--models", options.models)
     (sequence,) = find_sequences(options, [options.sequence])
     frame = len(sequence.images) // 2 if options.frame is None else options.frame
     if not 1 <= frame < len(sequence.images):
@@ -502,7 +494,7 @@ def make_attention(options: argparse.Namespace) -> None:
 
 def make_strips(options: argparse.Namespace) -> None:
     """Draws frames across and models down."""
-    models = read_models(options.models)
+    models = read_pairs("--models", options.models)
     figure = draw_strips(models, find_sequences(options, options.sequences), options.count)
     caption = "The first mask is given; J of each frame is that of the picture it stands in."
     save(figure, options.name, options.output, facts_of(models, "strips", caption), ".jpg")

@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from evidence import NUMBERS, EvidenceError, describe_folder, describe_model, guarded, update_record
+from evidence import NUMBERS, describe_folder, describe_model, guarded, held_out_of, read_pairs, update_record
 
 from hf_deformvos import DeformVosImageProcessor, DeformVosModel
-from hf_deformvos.data import HELD_OUT_SEQUENCES, davis_sequences, list_davis
+from hf_deformvos.data import list_davis
 from hf_deformvos.data.store import FrameEntry
 from hf_deformvos.evaluation.metrics import region_similarity
 
@@ -90,9 +90,7 @@ def measure(folder: str, davis: str) -> dict:
     """J by kind of features, and of each sequence."""
     model, processor = DeformVosModel.from_pretrained(folder).eval(), DeformVosImageProcessor()
     entry = describe_model(folder)
-    sequences = [name for name in HELD_OUT_SEQUENCES if name in davis_sequences(davis)]
-    if not sequences:
-        raise EvidenceError(f"{davis} must hold some of the held-out sequences {', '.join(HELD_OUT_SEQUENCES)}.")
+    sequences = held_out_of(davis)
     for name, extract in (("backbone", backbone_features), ("tokens", token_features)):
         found = {}
         for sequence in sequences:
@@ -109,9 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--davis", required=True, help="DAVIS-layout folder with the held-out sequences")
     parser.add_argument("--json", type=Path, default=RECORD, help="the record (default docs/numbers/features.json)")
     options = parser.parse_args(arguments)
-    models = dict(pair.partition("=")[::2] for pair in options.models)
-    if wrong := [label for label, folder in models.items() if not folder]:
-        raise EvidenceError(f"--models takes LABEL=DIR, got {wrong}.")
+    models = read_pairs("--models", options.models)
     head = {"command": "python scripts/measure_features.py", "data": [describe_folder(options.davis)]}
     for label, folder in models.items():
         entry = measure(folder, options.davis)

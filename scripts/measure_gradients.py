@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from ablate import TABLE, read_table
-from evidence import NUMBERS, EvidenceError, describe_folder, describe_model, guarded, update_record
+from evidence import NUMBERS, describe_folder, describe_model, guarded, read_pairs, update_record
 from make_figures import LOSSES
 
 from hf_deformvos import DeformVosModel
@@ -101,9 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measures and records; the exit code."""
     options = build_parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
-    students = dict(pair.partition("=")[::2] for pair in options.students)
-    if wrong := [label for label, folder in students.items() if not folder]:
-        raise EvidenceError(f"--students takes LABEL=DIR, got {wrong}.")
+    students = read_pairs("--students", options.students)
     settings = {**read_table(TABLE, []).train, "davis_dirs": options.davis, "static_dirs": options.static}
     config = TrainingConfig(**settings, cache_dir=options.cache)
     teacher = Teacher(options.teacher).model

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import shutil
 import statistics
 import sys
 import tempfile
@@ -167,10 +168,11 @@ def compose(
 
 
 def write_composite(root: Path, name: str, frames: Iterator[tuple[Image.Image, np.ndarray]]) -> None:
-    """Writes a composite in DAVIS layout."""
-    images, masks = root / "JPEGImages" / "480p" / name, root / "Annotations" / "480p" / name
-    images.mkdir(parents=True)
-    masks.mkdir(parents=True)
+    """Writes a composite in DAVIS layout; its masks get their name last, so that half of one is none."""
+    images, masks = root / "JPEGImages" / "480p" / name, root / "Annotations" / "480p" / f".{name}"
+    for folder in (images, masks):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
     for index, (image, ids) in enumerate(frames):
         if index == 0 and (counts := np.bincount(ids.ravel()))[1:].min() < _LEAST_PIXELS:
             raise EvidenceError(
@@ -178,6 +180,7 @@ def write_composite(root: Path, name: str, frames: Iterator[tuple[Image.Image, n
             )
         image.save(images / f"{index:05d}.jpg", quality=95)
         write_palette_png(masks / f"{index:05d}.png", ids)
+    masks.rename(masks.with_name(name))
 
 
 def measure(runner: SequenceRunner, sequence: EvaluationSequence) -> dict:
@@ -256,7 +259,7 @@ def measure_model(model: str, options: argparse.Namespace, settings: dict, path:
             deadline.remaining()
             with tempfile.TemporaryDirectory() as folder:
                 root = Path(folder) if options.keep is None else options.keep
-                name = f"{base.name}-{count}-objects"
+                name = f"{base.name}-{count}-objects-{options.max_frames}-frames"
                 if not (root / "Annotations" / "480p" / name).is_dir():
                     write_composite(root, name, compose(base, pieces[: count - 1], options.max_frames))
                 composite = load_dataset_layout("davis2017", root, sequences=[name]).sequences[0]

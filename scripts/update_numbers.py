@@ -450,12 +450,12 @@ def run_deformvos(*arguments: str, root: Path):
     subprocess.run([sys.executable, "-m", "hf_deformvos", *arguments], check=True, cwd=root)
 
 
-def measure_budget(root: Path = ROOT):
+def measure_budget():
     """Measure what the student's architecture costs, as it is and with parts of it changed."""
     for name, options in (("budget", []), ("budget-variants", ["--variants"])):
-        output = root / "docs" / "numbers" / f"{name}.json"
-        script = root / "scripts" / "measure_budget.py"
-        subprocess.run([sys.executable, str(script), *options, "--json", str(output)], check=True, cwd=root)
+        output = ROOT / "docs" / "numbers" / f"{name}.json"
+        script = ROOT / "scripts" / "measure_budget.py"
+        subprocess.run([sys.executable, str(script), *options, "--json", str(output)], check=True, cwd=ROOT)
 
 
 def as_record(report: dict, model: str, weights: Path, command: str, exported: str | None = None) -> dict:
@@ -500,7 +500,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"Updated {path.relative_to(ROOT)}")
         return 0
     except subprocess.CalledProcessError as error:
-        print(f"error: the evaluation ended with exit code {error.returncode}; nothing was recorded", file=sys.stderr)
+        failed = shlex.join(map(str, error.cmd))
+        print(f"error: {failed} ended with exit code {error.returncode}; nothing of it was recorded", file=sys.stderr)
         return error.returncode if error.returncode > 0 else 1
     except NumbersError as error:
         print(f"error: {error}", file=sys.stderr)

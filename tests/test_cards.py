@@ -340,6 +340,9 @@ def test_the_card_tells_of_learned_features(student):
     learned = "| 1 | features of a ViT, distilled from deformvos-teacher | 10 | 12,345 images | 3 | A GPU |"
     assert f"{learned} 257x449, 1 frame, 8 a step |" in text and "the ViT of deformvos-teacher" in text
     assert f"{facts['clips']:,} clips" in text
+    features["processes"], features["settings"]["gradient_accumulation_steps"] = 2, 3
+    (student / "training.json").write_text(json.dumps({**facts, "initialised_from": features}))
+    assert "257x449, 1 frame, 48 a step |" in cards.render_card(student, {}, REPO)
 
 
 @pytest.mark.weights

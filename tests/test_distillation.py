@@ -492,6 +492,18 @@ def test_the_bare_call_is_the_quick_start(monkeypatch):
     assert config.video_dirs == [str(ROOT / "examples")] or config.video_dirs == ["examples"]
 
 
+def test_the_recipe_of_the_quick_start_on_other_videos_is_a_run_like_any_other(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        train_distill, "build", lambda config: SimpleNamespace(evaluate=1, train=lambda: seen.append("run"))
+    )
+    monkeypatch.setattr(train_distill, "quick_start", lambda trainer, started: seen.append("quick start"))
+    recipe = str(ROOT / "recipes" / "quickstart.json")
+    assert train_distill.main([recipe, "--max_train_steps", "9"]) == 0
+    assert train_distill.main([recipe, "--video_dirs", "mine"]) == 0
+    assert seen == ["quick start", "run"]
+
+
 def test_a_missing_bundled_teacher_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     recipe = tmp_path / "run.json"

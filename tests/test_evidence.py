@@ -113,6 +113,10 @@ def test_the_table_has_the_rows_that_are_asked_for():
     ("changes", "message"),
     [
         ({"rows": {"a": {"title": "a", "train": {"max_train_steps": 9}}}, "pairs": []}, "must not set"),
+        (
+            {"rows": {"a": {"title": "a", "train": {"train_on_held_out": True}}}, "pairs": []},
+            r"must not set \['train_on_held_out'\]: rows differ in losses alone",
+        ),
         ({"rows": {"a": {"title": "a", "of": "b"}}, "pairs": []}, "is `of` a row"),
         ({"rows": {"a": {"title": "a", "override": {"use_ofsets": False}}}, "pairs": []}, "no model has"),
         ({"pairs": [["full", "nothing"]]}, "must name rows"),
@@ -353,6 +357,22 @@ def test_objects_are_measured_once(davis, tmp_path, capsys):
     measure_objects.main([*arguments, "--minutes", "0"])
     assert "points" in json.loads(path.read_text())["models"]["tiny"], "kept until the new weights are measured"
     assert "The time is up" in capsys.readouterr().out
+
+
+def test_a_composite_that_was_left_half_way_is_made_anew(davis, tmp_path):
+    base = evidence.held_out_dataset(davis).sequences[0]
+    frames = list(measure_objects.compose(base, [], 3))
+
+    def broken():
+        yield frames[0]
+        raise KeyboardInterrupt
+
+    masks = tmp_path / "Annotations" / "480p" / "one"
+    with pytest.raises(KeyboardInterrupt):
+        measure_objects.write_composite(tmp_path, "one", broken())
+    assert not masks.exists()
+    measure_objects.write_composite(tmp_path, "one", iter(frames))
+    assert len(list(masks.iterdir())) == len(list((tmp_path / "JPEGImages" / "480p" / "one").iterdir())) == 3
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import zipfile
+from dataclasses import fields
 from types import SimpleNamespace
 
 import hub_server
@@ -33,8 +34,10 @@ from hf_deformvos.publishing.collect import collect_release, collect_space
 from hf_deformvos.publishing.hub import PublishError, Target, Upload, publish_files, redact
 from hf_deformvos.publishing.measurements import sha256_of
 from hf_deformvos.publishing.publish import publish_release
+from hf_deformvos.publishing.release import SETTINGS as RECORDED_SETTINGS
 from hf_deformvos.publishing.release import data_names, release_run
 from hf_deformvos.publishing.space import build_wheel, read_settings, stage_space
+from hf_deformvos.training.config import TrainingConfig
 from hf_deformvos.training.lineage import describe_origin, total_clips
 
 
@@ -584,6 +587,17 @@ def test_a_name_that_is_not_found_is_the_networks_fault():
 
 
 # Releases of runs
+
+
+def test_a_release_tells_every_setting_that_bears_on_its_weights():
+    """Whoever adds a setting says here that it is bookkeeping, or a release records it."""
+    bookkeeping = """output_dir student init_backbone init_from teacher davis_dirs youtube_vos_dirs dataset_names
+        dataset_split dataset_streaming dataset_max_sequences static_dirs video_dirs cache_dir on_data_error
+        data_workers max_train_steps max_train_minutes gradient_checkpointing cpu_threads channels_last compile
+        checkpointing_steps checkpoints_total_limit resume_from_checkpoint logging_steps with_tracking eval_steps
+        eval_dir eval_max_frames eval_overlays push_to_hub hub_model_id hub_private""".split()
+    settings = {item.name for item in fields(TrainingConfig)}
+    assert settings - set(bookkeeping) == set(RECORDED_SETTINGS)
 
 
 def test_a_run_becomes_a_release(tmp_path, tiny_model, tiny_processor):

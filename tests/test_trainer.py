@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -495,6 +496,20 @@ def test_tracking_writes_tensorboard_files(tmp_path):
     pytest.importorskip("tensorboard")
     make_trainer(tmp_path, max_train_steps=2, with_tracking=True).train()
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "fp16"])
+def test_a_run_whose_gradients_are_never_finite_ends(tmp_path, mixed_precision):
+    trainer = make_trainer(tmp_path)
+    trainer.config = replace(trainer.config, mixed_precision=mixed_precision)
+    with pytest.raises(TrainingDiverged, match=r"20 steps in a row .* Lower `learning_rate`"):
+        for _ in range(50):
+            trainer._apply(torch.tensor(float("inf")))
+    fine = make_trainer(tmp_path)
+    for _ in range(3):
+        for _ in range(19):
+            fine._apply(torch.tensor(float("nan")))
+        fine._apply(torch.tensor(1.0))
 
 
 def test_steps_without_a_finite_gradient_are_skipped(tmp_path):

@@ -62,10 +62,8 @@ def check_calibration(calibration: str | os.PathLike | None = None):
     Raises:
         ValueError: if there is none, or it has no frame.
     """
-    with VideoReader(_calibration_video(calibration), max_frames=1) as reader:
-        for _ in reader:
-            return
-    raise ValueError(f"{calibration} holds no frame to calibrate on; give another video.")
+    with VideoReader(_calibration_video(calibration), max_frames=1):
+        pass
 
 
 def _calibration_video(calibration: str | os.PathLike | None) -> str:

@@ -296,8 +296,10 @@ def _runs_table(runs: list[dict]) -> str:
     rows = [titles, "|---:|---|---:|---:|---:|---|---|---:|"]
     for number, run in enumerate(runs, start=1):
         settings = run["settings"]
+        # A stage's batch is what one process takes at a time.
+        passes = run.get("processes", 1) * settings.get("gradient_accumulation_steps", 1)
         clips = "; ".join(
-            "{}x{}, {}, {} a step".format(*stage["size"], _counted(stage["frames"], "frame"), stage["batch"])
+            "{}x{}, {}, {} a step".format(*stage["size"], _counted(stage["frames"], "frame"), passes * stage["batch"])
             for stage in _stages(settings)
         )
         teacher = run.get("teacher", {}).get("name")

@@ -34,6 +34,8 @@ _STATES = re.compile(
 # What tools leave behind: not published, and no reason to refuse.
 _LEFTOVERS = {".git", ".gitattributes", ".gitignore", ".cache", ".DS_Store", "__pycache__", ".ruff_cache"}
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
+# Names that an error lists.
+_MOST_LISTED = 8
 
 
 def is_replaced(name: str) -> bool:
@@ -161,9 +163,9 @@ def _is_release(path: Path, folder: Path) -> bool:
     return is_known and not (path.name.startswith("picture.") and path.stat().st_size > PICTURE_LIMIT)
 
 
-def _listed(names: list[str], most: int = 8) -> str:
-    more = f", and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _listed(names: list[str]) -> str:
+    more = f", and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
+    return ", ".join(names[:_MOST_LISTED]) + more
 
 
 def _check_weights(folder: Path, names: set[str]) -> None:

@@ -15,11 +15,13 @@ from .measurements import sha256_of
 
 # What of a run's settings tells how the weights came about; the others are paths and bookkeeping.
 SETTINGS = (
-    "supervision att_weight att_maps intra_weight inter_weight kl_weight representation_weight temperature stages "
-    "video_share max_gap max_objects paste pastes leave distractor cords occluder kin gradient_frames own_masks_start "
-    "own_masks_end own_masks_from own_masks_until init_except freeze freeze_until ce_weight jaccard_weight "
-    "bootstrap_share learning_rate backbone_lr_scale offset_lr_scale warm_up poly_power weight_decay max_grad_norm "
-    "ema_decay mixed_precision seed train_on_held_out"
+    "supervision att_weight att_maps intra_weight inter_weight kl_weight representation_weight temperature "
+    "stages cka_unbiased video_share max_gap max_objects max_proposals paste pastes leave distractor cords "
+    "occluder kin color motion merged_sets video_short_side static_short_side memory_interval gradient_frames "
+    "own_masks_start own_masks_end own_masks_from own_masks_until init_except freeze freeze_until ce_weight "
+    "jaccard_weight bootstrap_share bootstrap_warm_up learning_rate backbone_lr_scale offset_lr_scale warm_up "
+    "poly_power weight_decay max_grad_norm gradient_accumulation_steps ema_decay mixed_precision seed "
+    "train_on_held_out"
 ).split()
 # Of small videos in a release; docs/ARCHITECTURE.md, "Small videos", has what it brings.
 MAX_ENLARGEMENT = 2.0
@@ -81,7 +83,7 @@ def release_run(
         "steps": results["steps"],
         "clips": results["clips"],
         "minutes": round(results["minutes"], 1),
-        **({"device": results["device"]} if "device" in results else {}),
+        **{name: results[name] for name in ("device", "processes") if name in results},
         **({"blend": blend} if blend is not None else {}),
         "parameters": results["parameters"],
         "weights_sha256": sha256_of(folder / "model.safetensors"),
@@ -119,7 +121,7 @@ def _average(model: DeformVosModel, results: dict, runs: Sequence[str | Path], d
         for name, value in model.state_dict().items():
             if value.is_floating_point():
                 value.lerp_(state[name], 1 / number)
-        known = {name: others[name] for name in ("steps", "clips", "device", "teacher") if name in others}
+        known = {name: others[name] for name in ("steps", "clips", "device", "processes", "teacher") if name in others}
         names = data if data is not None else data_names(others["config"])
         known |= {"minutes": round(others["minutes"], 1), **({"data": names} if names else {})}
         facts.append({**known, "settings": _settings_of(others)})
@@ -158,10 +160,10 @@ def data_names(config: dict) -> list[str]:
     return sorted(names)
 
 
-def write_card(folder: str | Path, records: dict[str, dict], repo_id: str | None = None) -> Path:
+def write_card(folder: str | Path, records: dict[str, dict]) -> Path:
     """Render a release folder's README.md, see [`cards.render_card`]; its path."""
     path = Path(folder) / "README.md"
-    path.write_text(render_card(folder, records, repo_id), encoding="utf-8")
+    path.write_text(render_card(folder, records), encoding="utf-8")
     return path
 
 

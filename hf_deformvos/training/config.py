@@ -327,7 +327,9 @@ class TrainingConfig:
     channels_last: bool = _help(True, "Keep convolution weights in channels-last memory format.")
     seed: int = _help(0, "Seed of weights, clips and augmentation.")
 
-    checkpointing_steps: int = _help(500, "Steps between checkpoints; 0 writes none.")
+    checkpointing_steps: int = _help(
+        500, "Steps between checkpoints; 0 writes none but that of a run that is asked to end."
+    )
     checkpoints_total_limit: int = _help(3, "Most checkpoints kept; 0 keeps all.")
     resume_from_checkpoint: str | None = _help(
         None, "A checkpoint folder, or latest (starts afresh if there is none)."

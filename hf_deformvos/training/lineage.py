@@ -15,7 +15,8 @@ from .config import PATH_SETTINGS, TrainingConfig
 
 logger = logging.get_logger(__name__)
 
-_FACTS = ("steps", "clips", "images", "minutes", "device", "blend", "supervision", "sha256", "weights_sha256")
+_CHECKSUMS = ("sha256", "weights_sha256")
+_FACTS = ("steps", "clips", "images", "minutes", "device", "processes", "blend", "supervision", *_CHECKSUMS)
 # A curriculum that is a file's name says nothing elsewhere, either; one that is written out does.
 _PRIVATE = {*PATH_SETTINGS, "output_dir", "cache_dir", "resume_from_checkpoint", "hub_model_id"} - {"stages"}
 
@@ -75,7 +76,7 @@ def describe_origin(source: str) -> dict:
 
 def lineage(config: TrainingConfig) -> dict:
     """`initialised_from`, `backbone` (what `init_backbone` named) and `teacher` of a run, as far as it has them."""
-    own_weights = config.student not in ("none",) and not config.student.endswith(".json")
+    own_weights = config.student != "none" and not config.student.endswith(".json")
     sources = {"initialised_from": config.student if own_weights else config.init_from, "teacher": config.teacher}
     origins = {name: describe_origin(source) for name, source in sources.items() if source}
     return origins | ({"backbone": describe_backbone(config.init_backbone)} if config.init_backbone else {})

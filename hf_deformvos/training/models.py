@@ -164,8 +164,8 @@ def build_task(config: TrainingConfig, student: DeformVosModel, teacher: Teacher
     for name, model in (("student", student), ("teacher", teacher and teacher.model)):
         if model is not None and model.config.max_objects < config.most_objects:
             raise ValueError(
-                f"Clips of up to {config.most_objects} objects (`max_objects`, and one where clips `paste` one) need "
-                f"a {name} with as many slots, got {model.config.max_objects}; lower `max_objects`."
+                f"Clips of up to {config.most_objects} objects (`max_objects`, and `pastes` if any are pasted) need a "
+                f"{name} with as many slots, got {model.config.max_objects}; lower `max_objects` or `pastes`."
             )
     shared = {
         "ce_weight": config.ce_weight,

@@ -114,7 +114,10 @@ def open_evaluation(config: TrainingConfig, data: TrainingData) -> HeldOutEvalua
     names = [name for name in davis_sequences(root) if name in HELD_OUT_SEQUENCES]
     if not names:
         held_out = ", ".join(HELD_OUT_SEQUENCES)
-        raise ValueError(f"{root} has none of the held-out sequences {held_out}; give `eval_dir`.")
+        raise ValueError(
+            f"{root} has none of the held-out sequences {held_out}: name a DAVIS-layout folder that has some "
+            "of them as `eval_dir`, or set `eval_steps` to 0."
+        )
     shared = {"cache_dir": config.cache_dir, "on_error": config.on_data_error}
     store = load_davis(root, config.video_short_side, merge, sequences=names, exclude=(), **shared)
     return HeldOutEvaluation([store], mixed_precision=config.mixed_precision)

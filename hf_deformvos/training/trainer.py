@@ -329,12 +329,13 @@ class Trainer:
             self.optimizer.step()
             self.average.update(self.student)
             self._skipped = 0
-        elif self.config.mixed_precision == "fp16":
-            # The gradient scaler skips the step itself and lowers its scale.
-            self.optimizer.step()
         else:
             self._skipped += 1
-            logger.warning(f"Step {self.step}: the gradient is not finite; the step is skipped.")
+            if self.config.mixed_precision == "fp16":
+                # The gradient scaler skips the step itself and lowers its scale, which may take it a few steps.
+                self.optimizer.step()
+            else:
+                logger.warning(f"Step {self.step}: the gradient is not finite; the step is skipped.")
             if self._skipped >= _MAX_SKIPPED_STEPS:
                 raise TrainingDiverged(
                     f"{self._skipped} steps in a row had gradients that are not finite; training stops. Lower "
@@ -349,8 +350,8 @@ class Trainer:
         self._history.append(record)
         if self.step % self.config.logging_steps and progress < 1.0:
             return
-        means = {name: float(sum(float(item[name]) for item in self._history)) / len(self._history) for name in record}
-        names = [name for name in means if name.startswith("loss")]
+        names = [name for name in record if name.startswith("loss")]
+        means = {name: _mean(self._history, name) for name in (*names, "grad_norm", "lr")}
         # Every process has seen other clips; the mean is the loss that the step went down.
         shared = torch.tensor([means[name] for name in names], dtype=torch.float32, device=self.accelerator.device)
         means.update(zip(names, self.accelerator.reduce(shared, "mean").tolist(), strict=True))
@@ -359,7 +360,7 @@ class Trainer:
         line = {
             "step": self.step,
             "progress": round(progress, 4),
-            **{name: value for name, value in means.items() if name.startswith("loss") or name in ("grad_norm", "lr")},
+            **means,
             "clips_per_second": sum(item["clips"] for item in self._history) / total,
             "data_wait_share": sum(item["wait"] for item in self._history) / total,
             "augment_share": sum(item["augment"] for item in self._history) / total,
@@ -500,6 +501,7 @@ class Trainer:
             "steps": self.step,
             "minutes": self.elapsed / 60,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+            "processes": self.accelerator.num_processes,
             "clips": self.clips,
             "parameters": sum(parameter.numel() for parameter in self.student.parameters()),
             **{name: value for name, value in last_line.items() if name not in ("step", "elapsed")},
@@ -531,6 +533,11 @@ class Trainer:
             release_run(self.output_dir, folder)
             published = publish_release(folder, self.config.hub_model_id)
         logger.info(f"Published {published.url}, commit {published.commit}.")
+
+
+def _mean(history: list[dict], name: str) -> float:
+    """The mean of one of the figures of some steps."""
+    return sum(float(record[name]) for record in history) / len(history)
 
 
 def _teacher_hash(origins: dict) -> str | None:

@@ -191,11 +191,7 @@ def _picture_to_array(picture: Image.Image) -> np.ndarray:
         return np.asarray(picture)
     if not picture.mode.startswith("I"):
         return np.asarray(picture.convert("RGB"))
-    return _eight_bits(picture)
-
-
-def _eight_bits(picture: Image.Image) -> np.ndarray:
-    """Greys of more bits, which Pillow would clip instead of scaling them; of eight bits, or of none, as they are."""
+    # Pillow would clip these instead of scaling them.
     grey = np.asarray(picture)
     if picture.mode == "I" and not (grey.min() >= 0 and 255 < grey.max() <= 65535):
         return grey
@@ -203,9 +199,14 @@ def _eight_bits(picture: Image.Image) -> np.ndarray:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """A picture as RGB of eight bits."""
-    if picture.mode.startswith("I"):
-        picture = Image.fromarray(_eight_bits(picture).clip(0, 255).astype(np.uint8))
+    """
+    A picture as RGB of eight bits, of the colours that the processor sees.
+
+    Raises:
+        ValueError: for NaN, or values that are no colours.
+    """
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        picture = Image.fromarray(_to_uint8(_picture_to_array(picture), "The picture"))
     return picture.convert("RGB")
 
 
@@ -221,20 +222,25 @@ def _to_uint8_rgb(image: np.ndarray, index: int) -> np.ndarray:
             f"Frame {index} must have 1, 3 or 4 channels, got {image.shape[0]} in {image.shape}; leave "
             "`input_data_format` and `do_convert_rgb` out."
         )
+    frame = np.moveaxis(_to_uint8(image, f"Frame {index}")[:3], 0, -1)
+    return np.ascontiguousarray(np.broadcast_to(frame, (*frame.shape[:2], 3)))
+
+
+def _to_uint8(image: np.ndarray, name: str) -> np.ndarray:
+    """Colours or greys of any usual kind in eight bits; `ValueError` for NaN, or values that are none."""
     if image.dtype.kind == "f":
         if not np.isfinite(image).all():
-            raise ValueError(f"Frame {index} holds NaN or infinite values.")
+            raise ValueError(f"{name} holds NaN or infinite values.")
         unit = image.min() >= 0 and image.max() <= 1
         image = np.rint(image * 255 if unit else image)
     if image.dtype != np.uint8:
         if image.min() < 0 or image.max() > 255:
             raise ValueError(
-                f"Frame {index} has values from {image.min()} to {image.max()}; they must lie in 0..255, in 0..1 for "
+                f"{name} has values from {image.min()} to {image.max()}; they must lie in 0..255, in 0..1 for "
                 "floating-point frames, or in 0..65535 for PIL images of 16 bits."
             )
         image = image.astype(np.uint8)
-    frame = np.moveaxis(image[:3], 0, -1)
-    return np.ascontiguousarray(np.broadcast_to(frame, (*frame.shape[:2], 3)))
+    return image
 
 
 __all__ = ["DeformVosImageProcessor", "network_size", "to_rgb"]

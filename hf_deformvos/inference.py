@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.utils import cached_file
 
 from .modeling_deformvos import DeformVosModel
+from .processing_deformvos import size_option
 
 
 # In a folder that `deformvos export` wrote.
@@ -180,7 +181,7 @@ def load_checkpoint(name: str, device: str | None = None, overrides: dict | None
 
     Raises:
         ValueError: if the checkpoint is no DeformVOS model, lacks weights or is an exported one, or an override names
-            no field.
+            no field, or the precision.
         OSError: if there is no such model.
     """
     _check_name(name)
@@ -190,6 +191,8 @@ def load_checkpoint(name: str, device: str | None = None, overrides: dict | None
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
         raise ValueError(f"The folder {name} holds no config.json: it is no model.")
     if overrides:
+        if "dtype" in overrides:
+            raise ValueError(f"`dtype` cannot be overridden, got {overrides['dtype']!r}: --dtype sets the precision.")
         unknown = sorted(set(overrides) - set(AutoConfig.from_pretrained(name).to_dict()))
         if unknown:
             raise ValueError(f"The configuration of {name} has no field {', '.join(unknown)}; see its config.json.")
@@ -230,11 +233,17 @@ def is_exported(name: str) -> bool:
 
 
 def _check_name(name: str):
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.exists(name)
-    # `folder/nme` beside an existing `folder` is a typing mistake, not a repository.
-    is_path = is_path or os.path.isdir(name.split("/")[0])
-    if is_path and not os.path.isdir(name):
+    if os.path.isdir(name):
+        return
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.exists(name):
         raise ValueError(f"A model is a folder or a Hub repository (owner/name), got {name!r}, which is neither.")
+    folder, _, rest = name.partition("/")
+    # `folder/nme` beside an existing `folder` is more often a typing mistake than a repository.
+    if os.path.isdir(folder):
+        raise ValueError(
+            f"The local folder {folder!r} holds no {rest!r}, and hides what the Hub has by that name. Correct the "
+            f"path; or, for the Hub's {name!r}, work in another folder, or rename {os.path.abspath(folder)}."
+        )
 
 
 def sha256_of(path: str | Path) -> str:
@@ -262,14 +271,6 @@ def hash_weights(name: str) -> str | None:
         _raise_exceptions_for_connection_errors=False,
     )
     return None if path is None else sha256_of(path)
-
-
-def size_option(processor, short_side: int | None) -> dict:
-    """The processor's keyword for another bound of the short side; nothing where there is none."""
-    if short_side is None:
-        return {}
-    bounds = {name: side for name, side in dict(processor.image_processor.size).items() if side}
-    return {"size": {**bounds, "shortest_edge": short_side}}
 
 
 __all__ = [

@@ -131,9 +131,6 @@ class ObjectTable:
     def __contains__(self, obj_id: int) -> bool:
         return obj_id in self._places
 
-    def __len__(self) -> int:
-        return len(self._places)
-
     def valid(self, num_groups: int, device: torch.device, without: set[int] = frozenset()) -> torch.Tensor:
         """Which channels (background, slots) of each group are in use, `(G, 1 + max_objects)` bool."""
         valid = torch.zeros(num_groups, 1 + self.max_objects, dtype=torch.bool)
@@ -214,6 +211,16 @@ class DeformVosInferenceSession:
         self._origin: int | None = None
 
     @property
+    def _is_seekable(self) -> bool:
+        """Whether there is a video that can be read in any order: masks stay then, for the next propagation."""
+        return self.source is not None and self.source.is_seekable
+
+    @property
+    def _is_stream(self) -> bool:
+        """Whether there is a video that is read forwards, each frame once."""
+        return self.source is not None and not self.source.is_seekable
+
+    @property
     def num_frames(self) -> int | None:
         """Number of frames of the video, where that is known."""
         return None if self.source is None else self.source.num_frames
@@ -233,11 +240,25 @@ class DeformVosInferenceSession:
         held += 0 if self.source is None else self.source.num_bytes
         return held + (0 if self._memory is None else self._memory.num_bytes)
 
+    @property
+    def _is_empty(self) -> bool:
+        """Whether there is nothing to segment from."""
+        return self._memory is None or self._memory.is_empty
+
     def add_masks(self, frame_idx: int, masks: dict[int, torch.Tensor]):
         """
         Give objects' masks on a frame: of new objects, or corrections of known ones. Where masks overlap, the one
         given last wins. While a propagation runs, masks of frames ahead of it join when they are reached; those of
         frames behind it count from the next propagation on.
+
+        A stream still holds the frame that was segmented last. Masks given for it are taken up before the next frame
+        is read: a propagation that is running does so without yielding that frame again; the next one starts there,
+        as does the next call of the model without `frame_idx`.
+
+        An empty mask says that an object is not to be seen. Of a stream, or of frames that are handed over, it must be
+        followed by then, or have pixels on an earlier frame that is still to come. Of a video that can be read in any
+        order it must have pixels on another frame, earlier or later, whatever was propagated before: a propagation in
+        either direction that has not met the object yet passes over its empty masks.
 
         Args:
             frame_idx (`int`): the frame, which must not have passed if the video is a stream.
@@ -248,18 +269,37 @@ class DeformVosInferenceSession:
                 frame, or has it no longer.
         """
         self._check_frame_idx(frame_idx)
-        known = set() if self._objects is None else set(self._objects.object_ids)
-        known |= {i for at, given in self._inputs.items() if at < frame_idx for i, mask in given.items() if mask.any()}
+        known = self._known_at(frame_idx)
         for obj_id, mask in masks.items():
-            if obj_id not in known and not bool(mask.any()):
+            if obj_id not in known and not mask.any():
                 raise ValueError(
                     f"The mask of object {obj_id} on frame {frame_idx} is empty. A new object needs at least one "
-                    "pixel; an empty mask is only a correction of an object that is already followed."
+                    "pixel; an empty mask is only a correction of an object that is already followed, or marked on "
+                    f"{'another' if self._is_seekable else 'an earlier'} frame."
                 )
         given = self._inputs.setdefault(frame_idx, {})
         for obj_id, mask in masks.items():
             given.pop(obj_id, None)  # the order is that of giving
             given[obj_id] = mask
+
+    def _known_at(self, frame_idx: int) -> set[int]:
+        """Objects that an empty mask on this frame may correct, see [`add_masks`]."""
+        if self._is_seekable:
+            known, others = set(), [masks for at, masks in self._inputs.items() if at != frame_idx]
+        else:
+            known = set() if self._objects is None else set(self._objects.object_ids)
+            others = [masks for at, masks in self._inputs.items() if at < frame_idx]
+        return known | {obj_id for masks in others for obj_id, mask in masks.items() if mask.any()}
+
+    def _given(self, frame_idx: int) -> dict[int, torch.Tensor]:
+        """The frame's masks, without empty ones of objects that are not followed: there is nothing to correct."""
+        followed = () if self._objects is None else self._objects.object_ids
+        masks = self._inputs.get(frame_idx, {})
+        return {obj_id: mask for obj_id, mask in masks.items() if obj_id in followed or mask.any()}
+
+    def _marked(self) -> list[int]:
+        """The frames on which any pixel was given, from which a propagation can start."""
+        return sorted(at for at, masks in self._inputs.items() if any(mask.any() for mask in masks.values()))
 
     def _check_frame_idx(self, frame_idx: int):
         if frame_idx < 0:
@@ -283,8 +323,9 @@ class DeformVosInferenceSession:
         """
         Stop following an object and take it out of the memory; its pixels become background.
 
-        With one propagation layer the memory is then what it would be had the object never been there. In deeper
-        models the visual and identification inputs of further layers keep what they saw.
+        What the memory holds of it goes to the background, also where other objects would have had a share of its
+        pixels without it. In models of more than one propagation layer the visual and identification inputs of further
+        layers keep what they saw.
 
         Raises:
             ValueError: if the id is unknown.
@@ -336,13 +377,15 @@ class DeformVosInferenceSession:
                 those of the frames before it.
         """
         self._check_weights(model)
+        self._forget_passed()
         frame_idx = self._next_frame_idx() if frame_idx is None else as_index(frame_idx, "frame_idx")
         self._check_order(frame_idx)
         pixel_values = self._pixel_values(model, frame, frame_idx)
         frame_size = tuple(pixel_values.shape[-2:])
-        given = _at_size(self._inputs.get(frame_idx, {}), frame_size)
-        if not given and (self._memory is None or self._memory.is_empty):
-            first = f"the first mask is on frame {min(self._inputs)}" if self._inputs else "no mask has been given"
+        given = _at_size(self._given(frame_idx), frame_size)
+        if not given and self._is_empty:
+            marked = self._marked()
+            first = f"the first mask is on frame {marked[0]}" if marked else "no mask has been given"
             raise ValueError(
                 f"No object is known at frame {frame_idx}: {first}. Call `processor.add_inputs_to_inference_session` "
                 "with `frame_idx` of this frame, or an earlier one, first."
@@ -357,7 +400,7 @@ class DeformVosInferenceSession:
                 self._remember(model, features, segmentation, masks, frame_idx, bool(given))
             self._frame_size, self._last_frame_idx = frame_size, frame_idx
             output = self._output(segmentation, given, frame_idx, output_attentions, output_hidden_states)
-        if self.source is None or not self.source.is_seekable:
+        if not self._is_seekable:
             self._inputs.pop(frame_idx, None)
         return output
 
@@ -370,30 +413,48 @@ class DeformVosInferenceSession:
             )
 
     def _check_order(self, frame_idx: int):
-        """Refuses to go past a frame whose masks wait for it to be handed over."""
+        """Refuses to go past a frame whose masks wait for it, where it cannot be gone back to."""
         if frame_idx < 0:
             raise ValueError(f"`frame_idx` must not be negative, got {frame_idx}.")
-        if self.source is None and self._inputs and min(self._inputs) < frame_idx:
+        waiting = self._waiting(frame_idx)
+        if waiting:
+            how = "hand that frame over" if self.source is None else "segment that frame"
             raise ValueError(
-                f"The masks of frame {min(self._inputs)} would be lost: hand that frame over before frame {frame_idx} "
-                f"(`frame_idx={min(self._inputs)}`)."
+                f"The masks of frame {waiting[0]} would be lost: {how} before frame {frame_idx} "
+                f"(`frame_idx={waiting[0]}`)."
+            )
+
+    def _waiting(self, before: int) -> list[int]:
+        """Earlier frames whose masks are still to be taken up, where no frame can be gone back to."""
+        return [] if self._is_seekable else sorted(at for at in self._inputs if at < before and self._given(at))
+
+    def _forget_passed(self):
+        """Tells of masks whose frame a stream has read and could not use, and forgets them."""
+        passed = [at for at in self._inputs if at < self.source.first_readable] if self._is_stream else []
+        for frame_idx in sorted(passed):
+            del self._inputs[frame_idx]
+            logger.warning(
+                f"The masks of frame {frame_idx} are lost: the stream has passed that frame, which was not segmented. "
+                f"Give them for frame {self.source.first_readable} or a later one."
             )
 
     def _check_joining(self, given: dict[int, torch.Tensor], frame_idx: int):
         """Refuses a new object of which nothing is left; `given` are the masks at network size."""
         followed = () if self._objects is None else self._objects.object_ids
         for obj_id, mask in given.items():
-            if obj_id not in followed and not mask.any() and self._inputs[frame_idx][obj_id].any():
+            if obj_id not in followed and not mask.any():
                 raise ValueError(
                     f"Nothing is left of the mask of object {obj_id} on frame {frame_idx}: masks that were given "
                     "after it cover it. Give it last, or leave it out (`remove_object`)."
                 )
 
     def _next_frame_idx(self) -> int:
+        """The frame after the last one, or the last one again where a stream holds it and masks wait for it."""
         earliest = 0 if self.source is None else self.source.first_readable
-        if self._last_frame_idx is not None:
-            return max(self._last_frame_idx + 1, earliest)
-        return max(min(self._inputs, default=0), earliest)
+        if self._last_frame_idx is None:
+            return max(min(self._inputs, default=0), earliest)
+        following = max(self._last_frame_idx + 1, earliest)
+        return min(self._waiting(following), default=following) if self._is_stream else following
 
     def _pixel_values(self, model: DeformVosModel, frame: torch.Tensor | None, frame_idx: int) -> torch.Tensor:
         if frame is None:
@@ -460,7 +521,7 @@ class DeformVosInferenceSession:
 
     def _rewrite_memory(self, change: Callable, only_if: Callable = lambda masks: True):
         """Give every remembered frame other masks; a frame that is held twice is rewritten once."""
-        if self._memory is None or self._memory.is_empty:
+        if self._is_empty:
             return
         rewritten = {
             id(frame): self._model.rewrite(frame, change(frame.masks)) if only_if(frame.masks) else frame
@@ -548,20 +609,16 @@ class DeformVosInferenceSession:
         Raises:
             ValueError: see [`DeformVosModel.propagate_in_video_iterator`].
         """
+        self._forget_passed()
         self._check_propagation(start_frame_idx, max_frame_num_to_track, reverse)
-        seekable = self.source.is_seekable
-        if start_frame_idx is None:
-            start_frame_idx = min(self._inputs) if seekable else self._next_frame_idx()
-        if seekable:
-            self._restart()
-            self._load_references(model, start_frame_idx, reverse)
+        frame_idx, visited = self._begin(model, start_frame_idx, reverse), 0
         direction = -1 if reverse else 1
         limit = float("inf") if max_frame_num_to_track is None else max_frame_num_to_track
         end = -1 if reverse else (self.num_frames if self.num_frames is not None else float("inf"))
-        frame_idx, visited = start_frame_idx, 0
         while frame_idx != end and visited <= limit:
-            # Whoever receives a frame may remove the last object, or give the next one further on.
-            if (self._memory is None or self._memory.is_empty) and frame_idx not in self._inputs:
+            # Whoever receives a frame may correct it, remove the last object, or give the next one further on.
+            self._take_up_held(model, frame_idx)
+            if self._is_empty and not self._given(frame_idx):
                 if not any((given - frame_idx) * direction > 0 for given in self._inputs):
                     return
             else:
@@ -573,12 +630,36 @@ class DeformVosInferenceSession:
                 yield frame_idx
             frame_idx, visited = frame_idx + direction, visited + 1
 
+    def _begin(self, model: DeformVosModel, start_frame_idx: int | None, reverse: bool) -> int:
+        """Make the memory ready for a propagation; returns where it starts."""
+        start = self._default_start() if start_frame_idx is None else start_frame_idx
+        if self._is_seekable:
+            self._restart()
+            self._load_references(model, start, reverse)
+        return start
+
+    def _default_start(self) -> int:
+        """The earliest frame on which anything was marked; of a stream, where it stands."""
+        return min(self._marked(), default=0) if self._is_seekable else self._next_frame_idx()
+
+    def _load_references(self, model: DeformVosModel, start_frame_idx: int, reverse: bool):
+        """Take up the masks of frames behind the start."""
+        passed = [i for i in self._inputs if (i > start_frame_idx if reverse else i < start_frame_idx)]
+        for frame_idx in sorted(passed, reverse=reverse):
+            if self._given(frame_idx):
+                self.step(model, frame_idx=frame_idx)
+
+    def _take_up_held(self, model: DeformVosModel, next_idx: int):
+        """Segment the frame that a stream holds once more, before it reads on, if masks were given for it since."""
+        if self._is_stream and self.source.first_readable < next_idx and self._given(self.source.first_readable):
+            self.step(model, frame_idx=self.source.first_readable)
+
     def _check_unreached(self, end: int):
         """Masks that a stream ended before were in vain: an error where nothing else was followed."""
         last = max(self._inputs, default=-1)
         if last >= end:
             message = f"The video ended before frame {last}, which a mask was given for; frames count from 0."
-            if self._memory is None or self._memory.is_empty:
+            if self._is_empty:
                 raise ValueError(message)
             logger.warning(message)
 
@@ -588,14 +669,14 @@ class DeformVosInferenceSession:
         """How many frames [`frames_to_visit`] visits at most; `None` where only the end of the stream will tell."""
         if self.num_frames is None:
             return None
-        start = min(self._inputs, default=0) if start_frame_idx is None else start_frame_idx
+        start = self._default_start() if start_frame_idx is None else start_frame_idx
         ahead = start + 1 if reverse else self.num_frames - start
         return ahead if max_frame_num_to_track is None else min(ahead, max_frame_num_to_track + 1)
 
     def _check_propagation(self, start_frame_idx, max_frame_num_to_track, reverse):
         if self.source is None:
             raise ValueError("This session has no video to propagate through: pass `video` to `init_video_session`.")
-        if not self._inputs and (self._memory is None or self._memory.is_empty):
+        if not self._marked() and self._is_empty:
             raise ValueError("No mask has been given: call `processor.add_inputs_to_inference_session` first.")
         if reverse and not self.source.is_seekable:
             raise ValueError(
@@ -619,18 +700,12 @@ class DeformVosInferenceSession:
                 f"{sorted(self._inputs)}, and a stream starts at one of them."
             )
         if self.source.is_seekable:
-            behind = max(self._inputs) >= start_frame_idx if reverse else min(self._inputs) <= start_frame_idx
+            marked = self._marked()
+            behind = marked[-1] >= start_frame_idx if reverse else marked[0] <= start_frame_idx
             if not behind:
                 raise ValueError(
-                    f"No object is known at frame {start_frame_idx} in this direction: masks are on frames "
-                    f"{sorted(self._inputs)}."
+                    f"No object is known at frame {start_frame_idx} in this direction: masks are on frames {marked}."
                 )
-
-    @torch.no_grad()
-    def _load_references(self, model: DeformVosModel, start_frame_idx: int, reverse: bool):
-        passed = [i for i in self._inputs if (i > start_frame_idx if reverse else i < start_frame_idx)]
-        for frame_idx in sorted(passed, reverse=reverse):
-            self.step(model, frame_idx=frame_idx)
 
 
 def _at_size(given: dict[int, torch.Tensor], size: tuple[int, int]) -> dict[int, torch.Tensor]:

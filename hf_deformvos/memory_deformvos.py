@@ -61,7 +61,7 @@ class MemoryBank:
     The previous frame, and at most `long_term_slots` frames of long-term memory.
 
     When the long-term slots are full, the oldest frame that is no reference leaves first; among references the first
-    one stays and the oldest of the others leaves.
+    one stays and the oldest of the others leaves. A single slot keeps the newest reference.
     """
 
     long_term_slots: int
@@ -97,10 +97,6 @@ class MemoryBank:
         if self.previous is not None and all(self.previous is not frame for frame in held):
             held.append(self.previous)
         return held
-
-    def clear(self):
-        """Forget everything."""
-        self.long_term, self.previous = [], None
 
     @property
     def is_empty(self) -> bool:

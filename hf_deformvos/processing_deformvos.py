@@ -119,19 +119,15 @@ class DeformVosProcessor(ProcessorMixin):
         if short_side is not None and as_index(short_side, "short_side") < 1:
             raise ValueError(f"`short_side` must be at least 1, got {short_side}.")
 
-        prepare = partial(self._prepare_video_frame, short_side)
+        prepare = partial(self._prepare_video_frame, size_option(self, short_side))
         return DeformVosInferenceSession(
             video, prepare, inference_device or device, dtype, memory_interval, long_term_slots
         )
 
-    def _prepare_video_frame(self, short_side: int | None, frame) -> tuple[torch.Tensor, tuple[int, int]]:
-        """A frame of a session's video: pixel values, and (height, width) as it was."""
+    def _prepare_video_frame(self, size: dict, frame) -> tuple[torch.Tensor, tuple[int, int]]:
+        """A frame of a session's video: pixel values, and (height, width) as it was; `size` of [`size_option`]."""
         frame = getattr(frame, "image", frame)  # of a decoder, as `hf_deformvos.video.VideoReader` is one
-        options = {}
-        if short_side is not None:
-            size = dict(self.image_processor.size)
-            options["size"] = {**{k: v for k, v in size.items() if v is not None}, "shortest_edge": short_side}
-        inputs = self.image_processor(frame, return_tensors="pt", **options)
+        inputs = self.image_processor(frame, return_tensors="pt", **size)
         return inputs["pixel_values"], inputs["original_sizes"][0]
 
     def add_inputs_to_inference_session(
@@ -147,8 +143,9 @@ class DeformVosProcessor(ProcessorMixin):
 
         Args:
             inference_session ([`DeformVosInferenceSession`]): the session.
-            frame_idx (`int`): the frame that the masks belong to. In a stream, call this before that frame is handed
-                over.
+            frame_idx (`int`): the frame that the masks belong to. In a stream, call this before the frame after it is
+                read or handed over: masks of the frame that was segmented last are taken up by segmenting it again,
+                see [`~DeformVosInferenceSession.add_masks`].
             obj_ids (`int` or `list[int]`, *optional*):
                 The caller's ids, any integers. For an id map: those to take from it; by default all but 0.
             input_masks: an id map `(height, width)` of integers with 0 as background; a palette image; or
@@ -158,8 +155,8 @@ class DeformVosProcessor(ProcessorMixin):
                 The frame's (height, width); a mask of another shape of picture is warned about.
 
         Raises:
-            ValueError: if there is no mask, a new object's mask is empty, ids and masks differ in number, or a mask
-                holds NaN.
+            ValueError: if there is no mask or no id, a new object's mask is empty, ids and masks differ in number, or
+                a mask holds NaN.
         """
         masks = masks_by_id(input_masks, obj_ids)
         if original_size is not None:
@@ -209,6 +206,14 @@ class DeformVosProcessor(ProcessorMixin):
         return ids[winners(_upsample(output.pred_masks, original_size)).cpu().numpy()]
 
 
+def size_option(processor, short_side: int | None) -> dict:
+    """The processor's keyword for another bound of the short side; nothing where there is none."""
+    if short_side is None:
+        return {}
+    bounds = {name: side for name, side in dict(processor.image_processor.size).items() if side}
+    return {"size": {**bounds, "shortest_edge": short_side}}
+
+
 def as_size(original_size: Sequence) -> tuple[int, int]:
     """One frame's (height, width); the processor's list of one such pair is as good."""
     height, width = original_size[0] if len(original_size) == 1 else original_size
@@ -234,6 +239,8 @@ def masks_by_id(input_masks, obj_ids) -> dict[int, torch.Tensor]:
     if obj_ids is not None:
         is_one = not isinstance(obj_ids, Iterable) or getattr(obj_ids, "ndim", 1) == 0
         obj_ids = [as_index(obj_id, "obj_ids") for obj_id in ([obj_ids] if is_one else obj_ids)]
+        if not obj_ids:
+            raise ValueError("`obj_ids` is empty: name an object at least, or leave it out to take all of an id map.")
         if len(set(obj_ids)) != len(obj_ids):
             raise ValueError(f"`obj_ids` must differ from each other, got {obj_ids}.")
         _check_range(obj_ids)

@@ -15,9 +15,15 @@ from synthetic import COLOURS, draw_scene, write_davis
 
 from hf_deformvos import DeformVosConfig, DeformVosImageProcessor, DeformVosModel, DeformVosProcessor
 from hf_deformvos.adaptation import Adaptation, AdaptationConfig, GivenFrames, adapt, fill_objects
-from hf_deformvos.adaptation.adapt import _clip_size
+from hf_deformvos.adaptation.adapt import _clip_size, _prepare
 from hf_deformvos.cli import main
-from hf_deformvos.cli.speed import adaptation_config, add_adaptation_arguments, add_speed_arguments, resolve_speed
+from hf_deformvos.cli.speed import (
+    LEAST_CLIP_SIDE,
+    adaptation_config,
+    add_adaptation_arguments,
+    add_speed_arguments,
+    resolve_speed,
+)
 from hf_deformvos.data import ClipSpec
 from hf_deformvos.data.transforms import IMAGENET_MEAN, IMAGENET_STD, recompose
 from hf_deformvos.training.task import SegmentationTask, StepPlan, step_generator
@@ -224,6 +230,15 @@ def test_same_frames_and_seed_give_the_same_weights_even_in_inference_mode(tiny_
     assert not any(tensor.is_inference() for tensor in others.values())
 
 
+def test_deep_pictures_are_what_their_eight_bits_are():
+    image, ids = scene()
+    grey = image[..., 0]
+    (deep,), (flat,) = (
+        _prepare([Image.fromarray(values)], [ids], 65)[0] for values in (grey.astype(np.uint16) * 257, grey)
+    )
+    assert len(np.unique(flat)) > 20 and np.array_equal(deep, flat)
+
+
 def test_more_objects_than_the_model_has_slots():
     model = DeformVosModel(DeformVosConfig(**{**TINY_CONFIG, "max_objects": 2}))
     image, ids = scene({1: (10, 10, 50, 50), 2: (60, 10, 100, 50), 3: (110, 10, 150, 50)})
@@ -306,13 +321,22 @@ def test_clips_have_the_size_at_which_frames_are_followed(option, size):
     add_speed_arguments(parser)
     add_adaptation_arguments(parser, "masks")
     arguments = parser.parse_args([*option, "--adapt", "--device", "cpu"])
-    resolve_speed(arguments)
+    resolve_speed(arguments, "model")
     config = adaptation_config(arguments)
     assert config.short_side == size and config.steps == AdaptationConfig.steps
     assert adaptation_config(parser.parse_args([])) is None
     assert adaptation_config(parser.parse_args(["--adapt-steps", "7"])).steps == 7
     seeds = [adaptation_config(parser.parse_args(["--adapt-seed", str(seed)])).seed for seed in (0, 3)]
     assert seeds == [0, 3]
+
+
+def test_clips_of_small_frames_are_as_small_as_clips_may_be():
+    parser = argparse.ArgumentParser()
+    add_speed_arguments(parser)
+    add_adaptation_arguments(parser, "masks")
+    assert adaptation_config(parser.parse_args(["--adapt", "--short-side", "16"])).short_side == LEAST_CLIP_SIDE
+    with pytest.raises(ValueError, match=f"`short_side` must be at least {LEAST_CLIP_SIDE}"):
+        AdaptationConfig(short_side=LEAST_CLIP_SIDE - 1)
 
 
 # --- Commands --------------------------------------------------------------------------------------------------------

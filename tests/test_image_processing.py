@@ -136,6 +136,15 @@ def test_grey_frames_become_rgb(kind, frame):
     torch.testing.assert_close(inputs.pixel_values[0], expected)
 
 
+PICTURES = [kind for kind in GREYS if isinstance(GREYS[kind](np.zeros((2, 2), np.uint8)), Image.Image)]
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_pictures_are_brought_to_rgb_as_the_processor_sees_them(kind, frame):
+    picture = to_rgb(GREYS[kind](frame[..., 0]))
+    assert picture.mode == "RGB" and np.array_equal(picture, np.repeat(frame[..., :1], 3, axis=2))
+
+
 def test_deep_pictures_are_what_the_video_reader_makes_of_their_files(tmp_path):
     deep = np.random.default_rng(0).integers(0, 65536, (50, 70), dtype=np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")
@@ -193,6 +202,9 @@ def test_settings_survive_saving(tmp_path, frame):
 def test_bad_frames_are_refused(broken, message, frame):
     with pytest.raises(ValueError, match=message):
         DeformVosImageProcessor()(broken(frame))
+    if isinstance(broken(frame), Image.Image):
+        with pytest.raises(ValueError, match=f"The picture has values {message}"):
+            to_rgb(broken(frame))
 
 
 NO_FRAMES = {

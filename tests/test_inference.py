@@ -7,7 +7,14 @@ import torch
 
 from hf_deformvos import inference
 from hf_deformvos.cli.speed import add_speed_arguments, resolve_speed
-from hf_deformvos.inference import PRESETS, fastest_dtype, keep_freed_memory, load_for_inference
+from hf_deformvos.inference import (
+    PRESETS,
+    fastest_dtype,
+    hash_weights,
+    keep_freed_memory,
+    load_checkpoint,
+    load_for_inference,
+)
 from hf_deformvos.propagation_deformvos import channels_last
 
 
@@ -15,7 +22,7 @@ def settle(*options: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_speed_arguments(parser)
     arguments = parser.parse_args([*options, "--device", "cpu"])
-    resolve_speed(arguments)
+    resolve_speed(arguments, "model")
     return arguments
 
 
@@ -60,7 +67,7 @@ def test_a_device_that_does_not_compute_is_named(device):
     with pytest.raises(ValueError, match="`device` must be one that PyTorch can use here"):
         parser = argparse.ArgumentParser()
         add_speed_arguments(parser)
-        resolve_speed(parser.parse_args(["--device", device]))
+        resolve_speed(parser.parse_args(["--device", device]), "model")
 
 
 def test_keeping_memory_changes_no_result(tiny_model, tiny_processor, tiny_clip, tmp_path, monkeypatch):
@@ -84,6 +91,23 @@ def test_keeping_memory_changes_no_result(tiny_model, tiny_processor, tiny_clip,
     for _ in range(2):
         follow(model, processor)
     assert len(given_back) == 2 * len(frames) // 2
+
+
+def test_the_precision_is_no_override(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`dtype` cannot be overridden, got 'bfloat16': --dtype sets the precision"):
+        load_checkpoint(tmp_path.as_posix(), overrides={"dtype": "bfloat16"})
+
+
+@pytest.mark.parametrize("load", [load_checkpoint, hash_weights])
+def test_a_folder_that_hides_a_repository_is_named(load, tmp_path, monkeypatch):
+    (tmp_path / "owner").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"local folder 'owner' holds no 'model', .* rename .*owner\.$"):
+        load("owner/model")
+    for path in ("owner/model/other", "./owner/model"):
+        with pytest.raises(ValueError, match="which is neither"):
+            load(path)
 
 
 @pytest.mark.parametrize("shape", [(1, 6, 4, 5), (2, 6, 4, 5), (1, 1, 1, 1)])

@@ -2,12 +2,20 @@
 
 import copy
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY_CONFIG
 from test_image_processing import LOW
+from test_session import (
+    WAYS_ON,
+    empty_on_a_video,
+    give_on_a_frame_that_breaks,
+    give_on_the_held_frame,
+    go_past_masks_of_a_stream,
+)
 
 from hf_deformvos import DeformVosConfig, DeformVosImageProcessor, DeformVosModel, DeformVosProcessor
 from hf_deformvos.export import onnx_session
@@ -41,6 +49,12 @@ def onnx_model(torch_model):
     settings = {"size": {"shortest_edge": 96}, "resample": 2, "rescale_factor": 1 / 255}
     settings |= {"image_mean": images.image_mean, "image_std": images.image_std}
     return OnnxDeformVos(Modules(torch_model), {"config": torch_model.config.to_dict(), "processor": settings})
+
+
+@pytest.fixture
+def both(onnx_model, torch_model, tiny_processor):
+    """Models with their processors, exported and not."""
+    return (onnx_model, onnx_model.processor), (torch_model, tiny_processor)
 
 
 def open_session(processor, video, ids):
@@ -172,6 +186,36 @@ def test_sessions_on_graphs_are_pytorchs(onnx_model, torch_model, tiny_clip):
     for (*state, masks), (*expected, others) in zip(*results, strict=True):
         assert state == expected
         np.testing.assert_allclose(masks, others, atol=1e-3)
+
+
+@pytest.mark.parametrize("way", WAYS_ON)
+def test_masks_of_the_frame_that_a_stream_holds_are_taken_up_as_in_pytorch(way, both, tiny_clip):
+    results = [give_on_the_held_frame(way, *each, *tiny_clip) for each in both]
+    for output, expected in zip(*results, strict=True):
+        assert (output.frame_idx, output.object_ids) == (expected.frame_idx, [1, 9])
+        masks, others = (np.tanh(np.asarray(each.pred_masks)) for each in (output, expected))
+        np.testing.assert_allclose(masks, others, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        go_past_masks_of_a_stream,
+        give_on_a_frame_that_breaks,
+        partial(empty_on_a_video, False),
+        partial(empty_on_a_video, True),
+    ],
+)
+def test_masks_that_wait_or_are_empty_are_what_they_are_in_pytorch(scenario, both, tiny_clip):
+    found, expected = (list(scenario(*each, *tiny_clip)) for each in both)
+    assert found == expected
+
+
+def test_no_id_is_refused(onnx_model, tiny_clip):
+    session = onnx_model.processor.init_video_session()
+    with pytest.raises(ValueError, match="`obj_ids` is empty: name an object"):
+        onnx_model.processor.add_inputs_to_inference_session(session, 0, obj_ids=[], input_masks=tiny_clip[1][0])
+    assert session.num_bytes == 0
 
 
 def test_graphs_are_pickled_by_their_folder(tmp_path, monkeypatch):

@@ -35,11 +35,10 @@ class Shrinking:
     def init_video_session(self, video, device, dtype):
         return SimpleNamespace(ids=None)
 
-    def add_inputs_to_inference_session(self, session, frame_idx, obj_ids, input_masks, original_size):
-        found = np.zeros(original_size, int) if session.ids is None else session.ids
-        for obj_id, mask in zip(obj_ids, input_masks, strict=True):
-            found = np.where(mask, obj_id, np.where(found == obj_id, 0, found))
-        session.ids, session.is_given = found, True
+    def add_inputs_to_inference_session(self, session, frame_idx, input_masks):
+        found = np.zeros_like(input_masks) if session.ids is None else session.ids
+        found = np.where(np.isin(found, input_masks), 0, found)
+        session.ids, session.is_given = np.where(input_masks > 0, input_masks, found), True
 
     def __call__(self, images=None, return_tensors=None, inference_session=None, frame=None):
         if inference_session is None:

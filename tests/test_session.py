@@ -349,6 +349,123 @@ def test_masks_of_frames_that_a_stream_has_passed_are_refused(tiny_model, tiny_p
         next(tiny_model.propagate_in_video_iterator(camera, start_frame_idx=4))
 
 
+# How a stream goes on after frame 3, which `steps` has just yielded.
+WAYS_ON = {
+    "the same propagation": lambda model, session, steps: steps,
+    "another propagation": lambda model, session, steps: model.propagate_in_video_iterator(session),
+    "one from there": lambda model, session, steps: model.propagate_in_video_iterator(session, start_frame_idx=3),
+    "single frames": lambda model, session, steps: (model(inference_session=session) for _ in range(3)),
+}
+
+
+def give_on_the_held_frame(way, model, processor, frames, ids):
+    """Outputs of a stream after an object was given on its frame 3, which was segmented without it."""
+    session = processor.init_video_session(video=iter(frames))
+    processor.add_inputs_to_inference_session(session, 0, obj_ids=[1], input_masks=[ids[0] == 1])
+    steps = model.propagate_in_video_iterator(session)
+    assert [next(steps).object_ids for _ in range(4)] == [[1]] * 4
+    processor.add_inputs_to_inference_session(session, 3, obj_ids=[9], input_masks=[ids[3] == 2])
+    return list(WAYS_ON[way](model, session, steps))
+
+
+@pytest.mark.parametrize("way", WAYS_ON)
+def test_masks_of_the_frame_that_a_stream_holds_are_taken_up(way, tiny_model, tiny_processor, tiny_clip):
+    frames, ids = tiny_clip
+    outputs = give_on_the_held_frame(way, tiny_model, tiny_processor, frames, ids)
+    session = tiny_processor.init_video_session()
+    tiny_processor.add_inputs_to_inference_session(session, 0, obj_ids=[1], input_masks=[ids[0] == 1])
+    stream(tiny_model, tiny_processor, session, frames[:4])
+    tiny_processor.add_inputs_to_inference_session(session, 3, obj_ids=[9], input_masks=[ids[3] == 2])
+    again = tiny_model(inference_session=session, frame=tiny_processor(images=frames[3]).pixel_values[0], frame_idx=3)
+    expected = [again, *stream(tiny_model, tiny_processor, session, frames[4:])]
+    if way == "the same propagation":
+        del expected[0]  # it has yielded that frame
+    for output, same in zip(outputs, expected, strict=True):
+        assert (output.frame_idx, output.object_ids) == (same.frame_idx, [1, 9])
+        torch.testing.assert_close(output.pred_masks, same.pred_masks)
+
+
+def test_the_only_object_may_be_replaced_on_the_frame_that_a_stream_holds(tiny_model, tiny_processor, tiny_clip):
+    frames, ids = tiny_clip
+    session = tiny_processor.init_video_session(video=iter(frames))
+    tiny_processor.add_inputs_to_inference_session(session, 0, obj_ids=[1], input_masks=[ids[0] == 1])
+    seen = []
+    for output in tiny_model.propagate_in_video_iterator(session):
+        seen.append((output.frame_idx, output.object_ids))
+        if output.frame_idx == 3:
+            session.remove_object(1)
+            tiny_processor.add_inputs_to_inference_session(session, 3, obj_ids=[2], input_masks=[ids[3] == 2])
+    assert seen == [*((index, [1]) for index in range(4)), (4, [2]), (5, [2])]
+
+
+def go_past_masks_of_a_stream(model, processor, frames, ids):
+    """What a stream says, and does, where a frame with masks is to be skipped."""
+    session = processor.init_video_session(video=iter(frames))
+    for index, obj_id in ((0, 1), (4, 2)):
+        processor.add_inputs_to_inference_session(session, index, obj_ids=[obj_id], input_masks=[ids[index] == obj_id])
+    yield model(inference_session=session).object_ids
+    with pytest.raises(ValueError, match="frame 4 would be lost: segment that frame before frame 5") as caught:
+        model(inference_session=session, frame_idx=5)
+    yield str(caught.value)
+    for index in (4, 5):
+        yield model(inference_session=session, frame_idx=index).object_ids
+
+
+def test_a_stream_does_not_go_past_masks(tiny_model, tiny_processor, tiny_clip):
+    *_, fourth, fifth = go_past_masks_of_a_stream(tiny_model, tiny_processor, *tiny_clip)
+    assert fourth == fifth == [1, 2]
+
+
+def give_on_a_frame_that_breaks(model, processor, frames, ids):
+    """What a stream follows after a frame with the first masks of an object turned out to be none."""
+    session = processor.init_video_session(video=iter([frames[0], np.full((*SIZE, 3), np.nan), *frames[2:]]))
+    for index, obj_id in ((0, 1), (1, 2)):
+        processor.add_inputs_to_inference_session(session, index, obj_ids=[obj_id], input_masks=[ids[index] == obj_id])
+    processor.add_inputs_to_inference_session(session, 3, obj_ids=[2], input_masks=[np.zeros(SIZE, bool)])
+    with pytest.raises(ValueError, match="Frame 1 of the video cannot be used"):
+        list(model.propagate_in_video_iterator(session))
+    return [(output.frame_idx, output.object_ids) for output in model.propagate_in_video_iterator(session)]
+
+
+def test_masks_of_a_frame_that_a_stream_could_not_use_are_told(tiny_model, tiny_processor, tiny_clip, caplog):
+    followed = give_on_a_frame_that_breaks(tiny_model, tiny_processor, *tiny_clip)
+    assert followed == [(index, [1]) for index in range(2, 6)]
+    assert "The masks of frame 1 are lost" in caplog.text and "for frame 2 or a later one" in caplog.text
+
+
+def empty_on_a_video(propagated, model, processor, frames, ids):
+    """Frames, objects and masks of propagations through a video with an object on frame 3 that is gone on frame 1."""
+    session = processor.init_video_session(video=frames)
+    processor.add_inputs_to_inference_session(session, 3, obj_ids=[1], input_masks=[ids[3] == 1])
+    if propagated:
+        list(model.propagate_in_video_iterator(session))
+    gone = {"obj_ids": [1], "input_masks": [np.zeros(SIZE, bool)]}
+    with pytest.raises(ValueError, match=r"object 1 on frame 3 is empty\. .*, or marked on another frame"):
+        processor.add_inputs_to_inference_session(session, 3, **gone)
+    processor.add_inputs_to_inference_session(session, 1, **gone)
+    with pytest.raises(ValueError, match=r"No object is known at frame 1 in this direction: .* frames \[3\]"):
+        list(model.propagate_in_video_iterator(session, start_frame_idx=1))
+    for way in ({}, {"start_frame_idx": 3, "reverse": True}, {"start_frame_idx": 0, "reverse": True}):
+        outputs = list(model.propagate_in_video_iterator(session, **way))
+        yield [
+            (output.frame_idx, output.object_ids, 1 in processor.post_process_id_map(output, SIZE))
+            for output in outputs
+        ]
+        assert session.count_frames(way.get("start_frame_idx"), None, "reverse" in way) == len(outputs)
+    processor.add_inputs_to_inference_session(session, 0, obj_ids=[2], input_masks=[ids[0] == 2])
+    yield [output.object_ids for output in model.propagate_in_video_iterator(session)]
+
+
+@pytest.mark.parametrize("propagated", [False, True])
+def test_an_empty_mask_says_the_same_whatever_was_propagated_before(propagated, tiny_model, tiny_processor, tiny_clip):
+    forward, backward, first, both = empty_on_a_video(propagated, tiny_model, tiny_processor, *tiny_clip)
+    assert [(index, ids) for index, ids, _ in forward] == [(3, [1]), (4, [1]), (5, [1])] and forward[0][2]
+    assert [(index, ids) for index, ids, _ in backward] == [(index, [1]) for index in (3, 2, 1, 0)]
+    assert backward[0][2] and not backward[2][2], "on the way back it is gone from frame 1 on"
+    assert [index for index, *_ in first] == [0], "and both masks count where they lie behind the start"
+    assert both == [[2]] * 3 + [[2, 1]] * 3
+
+
 @pytest.mark.parametrize("kind", [list, iter])
 def test_the_last_object_may_be_removed_while_a_video_is_followed(kind, tiny_model, tiny_processor, tiny_clip):
     frames, ids = tiny_clip
@@ -745,6 +862,8 @@ MISTAKES = {
     "empty id map": (lambda s, p, f, y: p.add_inputs_to_inference_session(s, 0, input_masks=y * 0), "empty"),
     "empty object": (lambda s, p, f, y: p.add_inputs_to_inference_session(s, 0, [4], [y == 99]), "object 4.*empty"),
     "id not in the map": (lambda s, p, f, y: p.add_inputs_to_inference_session(s, 0, [8], y), r"none of \[8\]"),
+    "no id": (lambda s, p, f, y: p.add_inputs_to_inference_session(s, 0, [], y), "`obj_ids` is empty"),
+    "no id of no masks": (lambda s, p, f, y: p.add_inputs_to_inference_session(s, 0, [], y[:0] > 0), "is empty"),
     "huge id": (lambda s, p, f, y: p.add_inputs_to_inference_session(s, 0, [2**40], [y == 1]), "32-bit"),
     "emptied before it began": (lambda s, p, f, y: give_then_empty(s, p, y), "object 1.*empty"),
     "path as video": (lambda s, p, f, y: p.init_video_session(video="clip.mp4"), "VideoReader"),

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..data.clips import ClipSpec
 from ..data.store import VOID
-from ..image_processing_deformvos import STRIDE
+from ..image_processing_deformvos import STRIDE, to_rgb
 from ..inference import fastest_dtype
 from ..inference_session_deformvos import as_index
 from ..training.optimization import learning_rate_factor
@@ -256,7 +256,7 @@ def _prepare(
         scale = min(1.0, short_side / min(mask.shape))
         size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
         numbered = Image.fromarray(np.searchsorted(ids, mask, side="right").astype(np.uint8))
-        ready_images.append(np.array(picture.convert("RGB").resize(size, Image.BILINEAR)))
+        ready_images.append(np.array(to_rgb(picture).resize(size, Image.BILINEAR)))
         ready_masks.append(np.array(numbered.resize(size, Image.NEAREST)))
     if not ready_masks:
         raise ValueError("There is nothing to adapt to: no mask shows an object. Give a mask with ids above 0.")

@@ -163,11 +163,7 @@ def _followed(model, processor, frames, masks: dict[int, np.ndarray]) -> Iterato
     for position, (pixel_values, original_size) in enumerate(frames):
         given = masks.get(position)
         if given is not None and given.any():
-            obj_ids = [int(obj_id) for obj_id in np.unique(given) if obj_id]
-            layers = np.stack([given == obj_id for obj_id in obj_ids])
-            processor.add_inputs_to_inference_session(
-                session, frame_idx=position, obj_ids=obj_ids, input_masks=layers, original_size=given.shape
-            )
+            processor.add_inputs_to_inference_session(session, frame_idx=position, input_masks=given)
         output = model(inference_session=session, frame=pixel_values.to(model.device))
         found = processor.post_process_id_map(output, original_size=original_size)
         yield np.asarray(given) if position == 0 else np.asarray(found)

@@ -28,6 +28,7 @@ from hf_deformvos.inference import (
     resolve_device,
     size_option,
 )
+from hf_deformvos.masks_deformvos import overrule
 from hf_deformvos.video import BackgroundWorker, prefetch
 
 
@@ -416,7 +417,7 @@ class _Follower:
             id_map = np.where((id_map == 0) & np.isin(earlier, list(waiting)), earlier, id_map)
         if given is None:
             return id_map
-        return np.where(given > 0, given, np.where(np.isin(id_map, given[given > 0]), 0, id_map))
+        return overrule(id_map, given)
 
 
 def _explain(error: Exception) -> Exception:

@@ -1,4 +1,7 @@
-"""Reading of masks that people draw or other tools write: palette, grey, black-and-white or coloured images to ids."""
+"""
+Masks that people draw or other tools write: palette, grey, black-and-white or coloured images read as ids, and kept to
+the pixel on the frames that they are given for.
+"""
 
 import os
 
@@ -153,4 +156,23 @@ def _resize(ids: np.ndarray, size: tuple[int, int], path) -> np.ndarray:
     return resized.astype(np.int32)
 
 
-__all__ = ["davis_palette", "read_mask"]
+def overrule(id_map: np.ndarray, given: np.ndarray, object_ids: list[int] | None = None) -> np.ndarray:
+    """
+    A given mask overrules the prediction of its frame: its objects are where it shows them, and nowhere else. Other
+    objects stay as predicted beside them.
+
+    Args:
+        id_map (`np.ndarray` of shape `(height, width)`): The prediction, 0 is background.
+        given (`np.ndarray` of shape `(height, width)`): What was given, 0 where nothing was.
+        object_ids (`list[int]`, *optional*):
+            The objects that it speaks of, by default those that it shows: of another one it says that it is not seen.
+
+    Returns:
+        `np.ndarray` of shape `(height, width)` and the dtype of `id_map`.
+    """
+    shown = given != 0
+    named = np.unique(given[shown]) if object_ids is None else object_ids
+    return np.where(shown, given, np.where(np.isin(id_map, named), 0, id_map)).astype(id_map.dtype, copy=False)
+
+
+__all__ = ["davis_palette", "overrule", "read_mask"]

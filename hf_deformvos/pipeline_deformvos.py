@@ -10,7 +10,7 @@ from transformers import Pipeline
 from transformers.utils import logging
 
 from .inference_session_deformvos import DeformVosInferenceSession, as_index, resize_nearest
-from .masks_deformvos import read_mask
+from .masks_deformvos import overrule, read_mask
 from .modeling_deformvos import DeformVosVideoOutput
 from .processing_deformvos import masks_by_id, warn_of_other_size, winners
 from .video_source_deformvos import FileSource, VideoError, open_source, read_image, warn_of_damage
@@ -190,9 +190,10 @@ class DeformVosPipeline(Pipeline):
         output = model_outputs
         id_map = self.processor.post_process_id_map(output, original_size=original_size)
         if given:
-            id_map[np.isin(id_map, list(given))] = 0
+            shown = np.zeros_like(id_map)
             for obj_id, mask in given.items():
-                id_map[resize_nearest(mask, original_size).numpy()] = obj_id
+                shown[resize_nearest(mask, original_size).numpy()] = obj_id
+            id_map = overrule(id_map, shown, list(given))
         result = {"frame_idx": output.frame_idx, "object_ids": list(output.object_ids), "scores": _scores(output)}
         if mask_format == "binary":
             return {**result, "masks": id_map == np.array(output.object_ids, dtype=id_map.dtype)[:, None, None]}

@@ -15,10 +15,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, TINY_CONFIG
 from PIL import Image
 
-from hf_deformvos.cli import main, segment
+from hf_deformvos.cli import main, segment, segment_results
 from hf_deformvos.video import H264Writer, VideoReader, read_palette_png, write_palette_png
 
 
@@ -98,8 +99,6 @@ def fake(monkeypatch):
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     """An untrained model on disk, as a user's folder."""
-    import torch
-
     from hf_deformvos import DeformVosConfig, DeformVosImageProcessor, DeformVosModel, DeformVosProcessor
 
     torch.manual_seed(0)
@@ -290,7 +289,7 @@ def test_memory_does_not_grow_with_the_video(tmp_path, fake):
 
 def test_medians_of_timings():
     seconds = np.random.default_rng(0).lognormal(-4, 1, 20_001)
-    median = segment._Median()
+    median = segment_results._Median()
     for taken in seconds:
         median.add(taken)
     assert median.value() == pytest.approx(np.median(seconds), rel=5e-3)
@@ -586,6 +585,42 @@ def test_adaptation_to_nothing_names_the_damage(tmp_path, clip, model_dir, capsy
     arguments = ["--mask", clip[1], "--mask-frame", 1, "--model", model_dir, "--output", tmp_path / "out"]
     assert run(folder, *arguments, "--adapt", "--device", "cpu") == 2
     assert "1.png is not an image" in error_of(capsys)
+
+
+def out_of_memory(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore of it.")
+
+
+ADVICE = (
+    "error: the device ran out of memory (CUDA out of memory. Tried to allocate 2 GiB.); "
+    "lower --short-side, choose --dtype bfloat16, or take --device cpu."
+)
+
+
+def test_memory_that_ends_while_following_keeps_what_is_done(tmp_path, clip, fake, capsys, monkeypatch):
+    steps = iter([fake_model] * 3)
+    loaded = segment.load_model(None, None)
+    monkeypatch.setattr(loaded, "model", lambda **inputs: next(steps, out_of_memory)(**inputs))
+    assert run(clip[0], "--mask", clip[1], "--output", tmp_path / "out") == 2
+    assert error_of(capsys) == ADVICE
+    results = results_of(tmp_path / "out")
+    assert f"error: {results['error']}" == ADVICE and len(results["frames"]) == 3
+
+
+def test_memory_that_ends_before_following_is_one_line(tmp_path, clip, model_dir, capsys, monkeypatch):
+    monkeypatch.setattr("hf_deformvos.adaptation.adapt_to_video", out_of_memory)
+    arguments = ["--mask", clip[1], "--model", model_dir, "--output", tmp_path / "out", "--adapt", "--device", "cpu"]
+    assert run(clip[0], *arguments) == 2
+    assert error_of(capsys) == ADVICE
+
+
+def test_a_runtime_error_that_is_a_bug_keeps_its_traceback(tmp_path, clip, fake, monkeypatch):
+    def broken(arguments, masks):
+        raise RuntimeError("sizes of tensors must match")
+
+    monkeypatch.setattr(segment, "load_model", broken)
+    with pytest.raises(RuntimeError, match="sizes of tensors must match"):
+        run(clip[0], "--mask", clip[1], "--output", tmp_path / "out")
 
 
 def test_full_disk_is_an_error_not_a_hang(tmp_path, clip, fake, capsys, monkeypatch):

@@ -218,6 +218,14 @@ def test_davis_without_split_files_takes_all(tmp_path):
     assert names == ["ant", "cat"]
 
 
+@pytest.mark.parametrize(("year", "objects"), [(2016, (255,)), (2017, (1, 2))])
+def test_an_empty_first_mask_is_named(tmp_path, year, objects):
+    root = make_davis(tmp_path, year, ["cat", "ant"], num_frames=4, object_ids=objects)
+    write_mask(root / "Annotations" / "480p" / "ant" / "00000.png", np.zeros(SIZE, np.uint8))
+    with pytest.raises(ValueError, match=r"'ant' must show its objects in the first frame, got an empty 00000\.png"):
+        load_dataset_layout(f"davis{year}", root)
+
+
 def test_only_first_masks_is_no_ground_truth(tmp_path):
     dataset = load_dataset_layout(
         "davis2017", make_davis(tmp_path, 2017, ["cat"], annotated=[0], split="test-dev"), "test-dev"
@@ -278,6 +286,24 @@ def test_unreadable_masks_are_named(tmp_path):
     path.write_text("no image")
     with pytest.raises(ValueError, match=r"mask.png must be an image file"):
         read_ids(path)
+
+
+def test_a_folder_has_the_splits_that_are_listed(tmp_path):
+    make_davis(tmp_path, 2017, ["cat", "ant"], num_frames=3)
+    (tmp_path / "ImageSets" / "trainval.txt").write_text("cat\nant\n")
+    (tmp_path / "ImageSets" / "2017" / "val.txt").write_text("cat\n")
+    for split, names, recorded in (
+        (None, ["ant", "cat"], "all"),
+        ("val", ["cat"], "val"),
+        ("trainval", ["cat", "ant"], "trainval"),
+    ):
+        dataset = load_dataset_layout("folder", tmp_path, split)
+        assert ([sequence.name for sequence in dataset.sequences], dataset.split) == (names, recorded)
+    with pytest.raises(ValueError, match=r"`split` must have a file .*ImageSets/test.txt, got 'test'; leave it out"):
+        load_dataset_layout("folder", tmp_path, "test")
+    with pytest.raises(ValueError, match=r"`sequences` must be of .*, split 'val' \(cat\), got ant"):
+        load_dataset_layout("folder", tmp_path, "val", ["ant"])
+    assert load_dataset_layout("davis2017", tmp_path).split == "val"
 
 
 def test_folder_with_late_object_and_sparse_masks(tmp_path):
@@ -444,6 +470,18 @@ def test_frames_before_the_first_object_are_empty(tmp_path, config):
     run(dataset, config)
     assert not read_ids(tmp_path / "out" / "clip" / "00001.png").any()
     np.testing.assert_array_equal(read_ids(tmp_path / "out" / "clip" / "00004.png"), moving_squares(2, [4]))
+
+
+def test_given_masks_are_saved_to_the_pixel(tmp_path, config):
+    class Generous(FakeProcessor):
+        def post_process_id_map(self, output, original_size):
+            return np.full(original_size, 2, np.int32)
+
+    dataset = load_dataset_layout("davis2017", make_davis(tmp_path, 2017, ["cat"]))
+    saving = RunnerConfig(config.model, device="cpu", save_masks=str(tmp_path / "out"))
+    evaluate(dataset, saving, loader=lambda config: (FakeModel(), Generous()))
+    np.testing.assert_array_equal(read_ids(tmp_path / "out" / "cat" / "00000.png"), moving_squares(0, [1, 2]))
+    assert (read_ids(tmp_path / "out" / "cat" / "00001.png") == 2).all()
 
 
 def test_saved_masks_score_the_same(tmp_path, config):
@@ -657,7 +695,7 @@ def test_evaluate_command(tmp_path, command, capsys):
     assert content["hardware"]["threads_per_process"] == 1 and content["hardware"]["cpu"]
     assert set(content["versions"]) >= {"python", "torch", "transformers", "numpy", "hf_deformvos"}
     assert content["model"]["num_parameters"] == 54
-    assert content["dataset"]["num_frames"] == 14
+    assert (content["dataset"]["num_frames"], content["dataset"]["split"]) == (14, "val")
     assert len(content["sequences"]) == 2
     item = content["sequences"][0]["objects"][0]
     assert item["frames"] == ["00001", "00002", "00003", "00004", "00005"]
@@ -808,12 +846,59 @@ def test_score_command_names_wrong_sizes_and_unknown_ids(tmp_path, command, caps
             ["evaluate", "--model", "m", "--root", "{data}", "--dataset", "davis2017", "--resume"],
             "--resume takes up the masks in --save-masks, which is not set",
         ),
+        (
+            ["evaluate", "--model", "m", "--root", "{data}", "--dataset", "folder", "--split", "test"],
+            "--split must have a file {data}/ImageSets/test.txt, got 'test'; leave it out to take every sequence.",
+        ),
+        (
+            ["score", "--predictions", "{data}", "--root", "{data}", "--dataset", "folder", "--split", "test"],
+            "--split must have a file {data}/ImageSets/test.txt, got 'test'; leave it out to take every sequence.",
+        ),
+        (
+            ["evaluate", "--model", "m", "--dataset-name", "set", "--split", "train"],
+            "--split belongs to folders, got 'train' with --dataset-name; give a data set's part as --dataset-split.",
+        ),
+        (
+            ["evaluate", "--model", "m", "--root", "{data}", "--dataset", "davis2017", "--dataset-split", "train"],
+            "--dataset-split belongs to --dataset-name, got 'train' with --root; give a folder's part as --split.",
+        ),
+        (
+            ["evaluate", "--model", "m", "--dataset-name", "set", "--dataset", "youtubevos2019"],
+            "`protocol` (--dataset) must be one of davis2016, davis2017, folder for a data set, got 'youtubevos2019'.",
+        ),
     ],
 )
 def test_errors_name_options_as_they_are_typed(words, message, tmp_path, capsys):
     data = make_davis(tmp_path / "data", 2017, ["cat"])
     assert main([word.format(data=data) for word in words]) == 2
     assert capsys.readouterr().err.startswith(f"error: {message.format(data=data)}")
+
+
+def test_precision_of_an_exported_model(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("hf_deformvos.inference.fastest_dtype", lambda device_type: "bfloat16")
+    data, model = make_davis(tmp_path / "data", 2017, ["cat"], num_frames=3), tmp_path / "exported"
+    model.mkdir()
+    (model / "deformvos_export.json").write_text("{}")
+    words = ["evaluate", "--model", str(model), "--root", str(data), "--dataset", "davis2017", "--device", "cpu"]
+    for option, value, asked in (
+        ("--preset", "standard", "--preset standard, which is bfloat16 here"),
+        ("--dtype", "float16", "--dtype float16"),
+    ):
+        assert main([*words, option, value]) == 2
+        told = f"error: The exported model {model} takes float32, got {asked}; pass --dtype float32.\n"
+        assert capsys.readouterr().err == told
+
+
+def test_memory_that_ends_is_one_line_with_advice(tmp_path, capsys, monkeypatch):
+    def load(config):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr("hf_deformvos.evaluation.runner.evaluate.__defaults__", (1, None, load))
+    data = make_davis(tmp_path / "data", 2017, ["cat"], num_frames=3)
+    words = ["evaluate", "--model", str(tmp_path), "--root", str(data), "--dataset", "davis2017", "--device", "cpu"]
+    assert main(words) == 2
+    told = "error: the device ran out of memory (CUDA out of memory. Tried to allocate 2 GiB.); lower --short-side,"
+    assert capsys.readouterr().err.startswith(told)
 
 
 def test_an_ambiguous_option_is_named_only_if_it_was_typed():

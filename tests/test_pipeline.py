@@ -15,6 +15,7 @@ from transformers import pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from hf_deformvos import DeformVosPipeline
+from hf_deformvos.masks_deformvos import overrule
 from hf_deformvos.video import H264Writer, VideoReader, write_palette_png
 
 
@@ -114,6 +115,19 @@ def test_masks_on_several_frames(segmenter, tiny_clip):
         assert [result["frame_idx"] for result in results] == [1, 2, 3, 4, 5]
         assert [result["object_ids"] for result in results] == [[1], [1], [1, 2], [1, 2], [1, 2]]
         np.testing.assert_array_equal(results[2]["id_map"] == 2, later == 2)
+
+
+def test_a_given_mask_overrules_the_prediction():
+    predicted = np.array([[1, 1, 2, 3], [0, 2, 3, 3]], dtype=np.int32)
+    given = np.array([[0, 2, 2, 0], [0, 0, 0, -7]], dtype=np.int64)
+    for object_ids, expected in (
+        (None, [[1, 2, 2, 3], [0, 0, 3, -7]]),
+        ([2, -7, 3], [[1, 2, 2, 0], [0, 0, 0, -7]]),
+    ):
+        result = overrule(predicted, given, object_ids)
+        assert result.dtype == np.int32 and result.tolist() == expected
+    assert predicted.tolist() == [[1, 1, 2, 3], [0, 2, 3, 3]], "the prediction itself stays"
+    assert overrule(predicted.astype(np.uint8), np.zeros((2, 4), np.uint8)).tolist() == predicted.tolist()
 
 
 def test_start_limit_and_direction(segmenter, tiny_clip, tmp_path):

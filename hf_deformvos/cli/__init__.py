@@ -13,6 +13,7 @@ import sys
 from hf_deformvos import __version__
 
 from . import benchmark, dataset, evaluate, export, publish, score, segment
+from .common import explain
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -68,8 +69,11 @@ def main(argv: list[str] | None = None) -> int:
         # The reader of our output is gone, as after `| head`; the interpreter must not try to flush to it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError) as error:
-        print(f"error: {as_typed(str(error), arguments.usage(), words)}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError) as error:
+        mistake = explain(error)
+        if isinstance(mistake, RuntimeError):
+            raise
+        print(f"error: {as_typed(str(mistake), arguments.usage(), words)}", file=sys.stderr)
         if os.environ.get("TRANSFORMERS_VERBOSITY") == "debug":
             raise
         return 2

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from .score import at_least, thread_count
+from .common import at_least, default_model, thread_count
 from .speed import PRESET_NAMES
 
 
@@ -82,6 +82,10 @@ def _sizes(text: str) -> list[tuple[int, int]]:
             raise argparse.ArgumentTypeError(
                 f"must be HEIGHTxWIDTH of at least 16 pixels a side, such as 480x854, got {part!r}"
             )
+        if any(int(side) % 2 for side in sides):
+            raise argparse.ArgumentTypeError(
+                f"must have even sides, such as 480x854, since H.264 pads odd ones, got {part!r}"
+            )
         sizes.append((int(sides[0]), int(sides[1])))
     return sizes
 
@@ -114,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..evaluation.runner import write_json
 
     _check_results(arguments)
-    config, preset = engine_config(arguments)
+    config = engine_config(arguments)
     plan = Plan(
         sizes=arguments.sizes,
         objects=arguments.objects,
@@ -127,7 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
         num_peer_frames=arguments.peer_frames,
     )
     with tempfile.TemporaryDirectory() as folder:
-        result = run_benchmark(config, plan, Path(folder), say=_say, preset=preset)
+        result = run_benchmark(config, plan, Path(folder), say=_say, preset=arguments.preset)
     result["command"] = command_of(arguments)
     if "rates" in result:
         print(report.rates_line(result["rates"]))
@@ -200,14 +204,13 @@ def _say(line: str) -> None:
 
 
 def engine_config(arguments: argparse.Namespace):
-    """What the arguments ask for, and the preset's name."""
+    """What the arguments ask for."""
     from ..benchmark.engine import EngineConfig
     from ..inference import PRESETS, resolve_device
-    from .segment import default_model
 
     preset = PRESETS[arguments.preset or "accurate"]
     dtype = arguments.dtype or preset.resolve_dtype(resolve_device(arguments.device))
-    config = EngineConfig(
+    return EngineConfig(
         model=arguments.model or default_model(),
         backend=arguments.backend,
         # Graphs that were exported keep their precision.
@@ -216,7 +219,6 @@ def engine_config(arguments: argparse.Namespace):
         threads=arguments.threads,
         short_side=arguments.short_side or preset.short_side,
     )
-    return config, arguments.preset
 
 
 __all__ = ["add_parser", "command_of", "engine_config", "run"]

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from .publish import add_hub_arguments, format_size, read_token, report
-from .score import at_least, chosen_sequences
+from .common import at_least, chosen_sequences
+from .hub import add_hub_arguments, format_size, read_token, report
 
 
 _DESCRIPTION = """\

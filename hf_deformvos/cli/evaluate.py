@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from .score import Table, add_dataset_arguments, at_least, chosen_sequences, load_dataset, thread_count
+from .common import Table, add_dataset_arguments, at_least, chosen_sequences, load_dataset, thread_count
 from .speed import adaptation_config, add_adaptation_arguments, add_speed_arguments, resolve_speed
 
 
@@ -35,9 +35,7 @@ def add_parser(subparsers) -> None:
         help="instead of --root: a Hub data set, a folder or a parquet file of one; --dataset may choose another "
         "protocol than the set's masks suggest",
     )
-    parser.add_argument(
-        "--dataset-split", "--dataset_split", default="val", metavar="SPLIT", help="split of it (default val)"
-    )
+    parser.add_argument("--dataset-split", "--dataset_split", metavar="SPLIT", help="split of it (default val)")
     parser.add_argument(
         "--dataset-streaming",
         "--dataset_streaming",
@@ -98,12 +96,12 @@ def parse_override(text: str) -> tuple[str, object]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
-    from ..evaluation.runner import RunnerConfig, evaluate, write_json
+    from ..evaluation.runner import RunnerConfig, write_json
     from ..writable import check_file
 
     if arguments.json:
         check_file(arguments.json)
-    resolve_speed(arguments)
+    resolve_speed(arguments, arguments.model)
     config = RunnerConfig(
         model=arguments.model,
         device=arguments.device,
@@ -119,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dataset_name is not None:
         result = _evaluate_hub_dataset(arguments, config)
     else:
-        result = _evaluate_folder(arguments, config, evaluate)
+        result = _evaluate_folder(arguments, config)
     dataset = result.dataset
     if config.save_masks and dataset.name.startswith("youtubevos"):
         from ..evaluation.youtube_vos import write_submission
@@ -135,14 +133,20 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate_folder(arguments: argparse.Namespace, config, evaluate):
+def _evaluate_folder(arguments: argparse.Namespace, config):
     """Evaluates on a folder, and prints each sequence as soon as it is done."""
     from ..evaluation import report
+    from ..evaluation.runner import evaluate
 
     missing = [flag for flag in ("root", "dataset") if getattr(arguments, flag) is None]
     if missing:
         raise ValueError(
             f"--{missing[0]} is missing: a benchmark is --root DIR --dataset LAYOUT, or --dataset-name NAME_OR_PATH."
+        )
+    if arguments.dataset_split is not None:
+        raise ValueError(
+            f"--dataset-split belongs to --dataset-name, got {arguments.dataset_split!r} with --root; give a folder's "
+            "part as --split."
         )
     dataset = load_dataset(arguments, all_frames=arguments.all_frames)
     sequences = {sequence.name: sequence for sequence in dataset.sequences}
@@ -172,6 +176,11 @@ def _evaluate_hub_dataset(arguments: argparse.Namespace, config):
             raise ValueError(
                 f"{flag} belongs to folders, and --dataset-name {arguments.dataset_name} is read in one go."
             )
+    if arguments.split is not None:
+        raise ValueError(
+            f"--split belongs to folders, got {arguments.split!r} with --dataset-name; give a data set's part as "
+            "--dataset-split."
+        )
     table = Table(report.table_header())
 
     def add_row(result, sequence) -> None:
@@ -181,7 +190,7 @@ def _evaluate_hub_dataset(arguments: argparse.Namespace, config):
         arguments.dataset_name,
         config,
         protocol=arguments.dataset,
-        split=arguments.dataset_split,
+        split="val" if arguments.dataset_split is None else arguments.dataset_split,
         streaming=arguments.dataset_streaming,
         sequences=chosen_sequences(arguments),
         max_frames=arguments.max_frames,

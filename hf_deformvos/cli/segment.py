@@ -1,35 +1,26 @@
 """`deformvos segment`: follows the objects of one or more masks through a video, decoding and encoding as a stream."""
 
 import argparse
-import errno
-import itertools
-import json
-import os
-import platform
 import re
 import signal
 import sys
 import tempfile
 import threading
 import time
-from bisect import bisect_left
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
 
 from ..writable import check_folder
-from .score import at_least, thread_count
+from .common import BUNDLED_MODEL, DEFAULT_HUB_MODEL, at_least, default_model, explain, thread_count
+from .segment_adapt import check_readable_twice, load_adapted
+from .segment_results import Results, versions, write_results, writing
 from .speed import adaptation_config, add_adaptation_arguments, add_speed_arguments, resolve_speed
 
 
-DEFAULT_HUB_MODEL = "deformvos/deformvos-student"
-_BUNDLED_MODEL = Path("hub_cards", "deformvos-student")
 # Frames that may wait before and after the model: enough to even out stalls, little enough for 4K.
 _QUEUE_DEPTH = 4
-_STAGES = ("decode", "preprocess", "network", "postprocess", "write_mask", "write_overlay")
 
 _DESCRIPTION = """\
 Follow objects through a video. VIDEO is a file that FFmpeg reads, a folder of images (natural
@@ -78,7 +69,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--model",
         metavar="DIR_OR_REPO",
-        help=f"folder or Hub repository (default {_BUNDLED_MODEL.as_posix()} in a checkout, else {DEFAULT_HUB_MODEL})",
+        help=f"folder or Hub repository (default {BUNDLED_MODEL.as_posix()} in a checkout, else {DEFAULT_HUB_MODEL})",
     )
     parser.add_argument("--output", metavar="DIR", help="output folder (default deformvos-output/NAME_OF_VIDEO)")
     parser.add_argument("--overlay", metavar="MP4", help="also write the video with the objects coloured, as H.264")
@@ -110,42 +101,11 @@ class LoadedModel:
     adaptation: dict | None = None
 
 
-class _Median:
-    """The median of more numbers than can be kept: they are counted by their first three digits."""
-
-    def __init__(self):
-        self._counts: Counter[float] = Counter()
-
-    def add(self, value: float) -> None:
-        """Counts one number."""
-        self._counts[float(f"{value:.2e}")] += 1
-
-    def value(self) -> float:
-        """Of the numbers so far, of which there is at least one."""
-        values = sorted(self._counts)
-        counts = list(itertools.accumulate(self._counts[value] for value in values))
-        return values[bisect_left(counts, counts[-1] / 2)]
-
-
-@dataclass
-class _Results:
-    """
-    What has been written so far; filled by the encoding thread, read when that has ended. `lines` is a file that holds
-    what results.json says of each frame, so that memory does not grow with the video; more than `num_frames` lines
-    where writing the last one failed.
-    """
-
-    lines: TextIO
-    num_frames: int = 0
-    object_ids: set[int] = field(default_factory=set)
-    medians: dict[str, _Median] = field(default_factory=lambda: defaultdict(_Median))
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Runs `deformvos segment`; returns the exit code."""
     from hf_deformvos.video import H264Writer, VideoReader, read_mask
 
-    _resolve_speed(arguments)
+    resolve_speed(arguments, arguments.model or default_model())
     mask_files = _pair_masks(arguments.mask, arguments.mask_frame)
     with VideoReader(arguments.video, max_frames=arguments.max_frames, num_prefetch=_QUEUE_DEPTH) as reader:
         limit = reader.info.num_frames if reader.info.num_frames is not None else arguments.max_frames
@@ -155,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "frames count from 0."
             )
         if adaptation_config(arguments) is not None:
-            _check_readable_twice(reader.info)
+            check_readable_twice(reader.info)
         masks = {index: read_mask(path, (reader.info.height, reader.info.width)) for index, path in mask_files.items()}
         output = Path(arguments.output or Path("deformvos-output", _folder_name(arguments.video)))
         overlay = Path(arguments.overlay) if arguments.overlay else None
@@ -197,8 +157,8 @@ class _Job:
         self.loaded = loaded
         self._size = size_option(loaded.processor, arguments.short_side)
         self.palette = PALETTES[arguments.colors]()
-        with _writing(output, "--output"):
-            self.results = _Results(tempfile.TemporaryFile("w+", encoding="utf-8", dir=output))
+        with writing(output, "--output"):
+            self.results = Results(tempfile.TemporaryFile("w+", encoding="utf-8", dir=output))
         self.failure: Exception | None = None
         self.interrupted = False
         self.wall_seconds = 0.0
@@ -226,13 +186,13 @@ class _Job:
         except KeyboardInterrupt:
             self.interrupted = True
         except Exception as error:
-            self.failure = _explain(error)
+            self.failure = explain(error)
         # Impatience while files are being finished would leave an unplayable video.
         with _on_signals(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM):
             for finish in (worker.close, self._close_overlay, self._check_masks_used):
                 self._attempt(finish)
             self.wall_seconds = time.perf_counter() - started
-            self._attempt(self.write_results)
+            self._attempt(self._write_results)
             self._attempt(self.results.lines.close)
 
     def _attempt(self, finish) -> None:
@@ -244,7 +204,7 @@ class _Job:
 
     def _close_overlay(self) -> None:
         if self.writer is not None:
-            with _writing(self.writer.path, "--overlay"):
+            with writing(self.writer.path, "--overlay"):
                 self.writer.close()
 
     def _check_masks_used(self) -> None:
@@ -289,6 +249,8 @@ class _Job:
         """One frame through the network: its id map and the seconds of each stage."""
         import torch
 
+        from ..masks_deformvos import overrule
+
         processor, clock = self.loaded.processor, _Clock()
         shape = frame.image.shape[:2]
         with torch.inference_mode():
@@ -304,7 +266,7 @@ class _Job:
             clock.lap("network")
             id_map = processor.post_process_id_map(output, original_size=shape)
             if given is not None:
-                id_map = _with_given(id_map, given)
+                id_map = overrule(id_map, given)
             clock.lap("postprocess")
         return id_map, clock.seconds
 
@@ -313,41 +275,26 @@ class _Job:
         from hf_deformvos.video import draw_overlay, mask_file_name, write_palette_png
 
         clock, path = _Clock(), self.output / "masks" / mask_file_name(frame.index)
-        with _writing(path, "--output"):
+        with writing(path, "--output"):
             write_palette_png(path, id_map)
         clock.lap("write_mask")
-        with _writing(self.output / "results.json", "--output"):
-            self._record(frame, id_map, path.name)
-        self._book({"decode": frame.decode_seconds, **seconds, **clock.seconds})
+        with writing(self.output / "results.json", "--output"):
+            self.results.record(frame, id_map, path.name, self.masks.get(frame.index))
+        self.results.book({"decode": frame.decode_seconds, **seconds, **clock.seconds})
         if self.writer is not None:
             clock = _Clock()
-            with _writing(self.writer.path, "--overlay"):
+            with writing(self.writer.path, "--overlay"):
                 self.writer.write(draw_overlay(frame.image, id_map, self.palette), frame.timestamp)
             clock.lap("write_overlay")
-            self._book(clock.seconds)
+            self.results.book(clock.seconds)
 
-    def _record(self, frame, id_map, mask_name: str) -> None:
-        """Adds what results.json says of a frame."""
-        given = self.masks.get(frame.index)
-        self.results.object_ids.update(set() if given is None else set(given[given > 0].tolist()))
-        record = {"index": frame.index, "timestamp": round(frame.timestamp, 6), "mask": f"masks/{mask_name}"}
-        if frame.name is not None:
-            record["source"] = frame.name
-        record["objects"] = _areas_and_boxes(id_map, sorted(self.results.object_ids))
-        # Written through, so that only whole lines count where the disk is full.
-        print(json.dumps(record), file=self.results.lines, flush=True)
-        self.results.num_frames += 1
+    def _write_results(self) -> None:
+        write_results(self.output, self._head(), self.results)
 
-    def _book(self, seconds: dict[str, float]) -> None:
-        """Adds the seconds that stages of one frame took."""
-        for stage, taken in seconds.items():
-            self.results.medians[stage].add(taken)
-
-    def write_results(self) -> None:
-        """Writes results.json, whole or not at all; one line a frame, as indented boxes would take one a number."""
-        finished = not self.interrupted and self.failure is None
-        document = {
-            "completed": finished,
+    def _head(self) -> dict:
+        """What results.json says of the run as a whole."""
+        return {
+            "completed": not self.interrupted and self.failure is None,
             "interrupted": self.interrupted,
             "error": None if self.failure is None else " ".join(str(self.failure).split()),
             "video": {
@@ -366,39 +313,13 @@ class _Job:
             "object_ids": sorted(self.results.object_ids),
             "mask_frames": sorted(self.masks),
             "overlay": str(self.overlay) if self.overlay else None,
-            "timings": self._timings(),
-            "versions": _versions(),
+            "timings": self.results.timings(self.wall_seconds),
+            "versions": versions(),
         }
-        head = json.dumps(document, indent=2).removesuffix("\n}")
-        path, part = self.output / "results.json", self.output / ".results.json.part"
-        with _writing(path, "--output"):
-            try:
-                with part.open("w", encoding="utf-8") as file:
-                    file.write(head + ',\n  "frames": [')
-                    file.writelines(self._frame_lines())
-                    file.write("]\n}\n")
-                os.replace(part, path)
-            finally:
-                part.unlink(missing_ok=True)
-
-    def _frame_lines(self) -> Iterator[str]:
-        """What stands between the brackets of results.json's frames."""
-        self.results.lines.seek(0)
-        for index, line in enumerate(itertools.islice(self.results.lines, self.results.num_frames)):
-            yield (",\n    " if index else "\n    ") + line.rstrip("\n")
-        if self.results.num_frames:
-            yield "\n  "
-
-    def _timings(self) -> dict:
-        """Medians of each stage and the rate of the whole, which overlaps them."""
-        found = self.results.medians
-        medians = {f"{stage}_ms": round(1e3 * found[stage].value(), 3) for stage in _STAGES if stage in found}
-        fps = self.results.num_frames / self.wall_seconds if self.wall_seconds else None
-        return {"median": medians, "wall_seconds": round(self.wall_seconds, 3), "fps": fps and round(fps, 3)}
 
     def summary(self) -> str:
         """One line for people."""
-        timings = self._timings()
+        timings = self.results.timings(self.wall_seconds)
         network = timings["median"].get("network_ms")
         results = self.output / "results.json"
         files = [self.output / "masks", *([results] if results.is_file() else []), self.overlay]
@@ -443,100 +364,12 @@ def load_model(arguments: argparse.Namespace, masks: dict) -> LoadedModel:
         logging.disable_progress_bar()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    name = arguments.model or default_model()
-    adaptation = adaptation_config(arguments)
-    if adaptation is not None:
-        return _load_adapted(arguments, name, adaptation, masks)
-    model, processor = load_for_inference(name, arguments.device, arguments.dtype)
-    return LoadedModel(model, processor, name, hash_weights(name), str(model.device), arguments.dtype)
-
-
-def _load_adapted(arguments: argparse.Namespace, name: str, config, masks: dict) -> LoadedModel:
-    """A model that has learned the objects of all masks from their frames, which are read beforehand."""
-    from tqdm import tqdm
-    from transformers import AutoProcessor
-
-    from ..adaptation import adapt_to_video
-    from ..inference import hash_weights, load_checkpoint, prepare_for_inference, size_option
-
-    found = _read_frames(arguments, sorted(masks), config.check_frames)
-    frames = _FramesAhead(found)
-    base, processor = load_checkpoint(name, arguments.device), AutoProcessor.from_pretrained(name)
-    given = {index - frames.first: mask for index, mask in masks.items() if index in found}
-    size = size_option(processor, arguments.short_side)
-    started = time.perf_counter()
-    with tqdm(total=config.steps, desc="adapting", unit="step", disable=arguments.quiet) as bar:
-
-        def report(done: int, total: int):
-            bar.update()
-            if done == total and config.check_frames:
-                bar.set_description("following there and back")
-
-        model, share = adapt_to_video(base, processor, frames, given, config, size, report)
-    if config.check_frames and not arguments.quiet:
-        print(f"Followed there and back: {share:.0%} of what was learned is kept.", file=sys.stderr)
-    model = prepare_for_inference(model, arguments.dtype)
-    adaptation = {**asdict(config), "share": share, "seconds": round(time.perf_counter() - started, 3)}
+    name, config, adaptation = arguments.model or default_model(), adaptation_config(arguments), None
+    if config is not None:
+        model, processor, adaptation = load_adapted(arguments, name, config, masks)
+    else:
+        model, processor = load_for_inference(name, arguments.device, arguments.dtype)
     return LoadedModel(model, processor, name, hash_weights(name), str(model.device), arguments.dtype, adaptation)
-
-
-class _FramesAhead(Sequence):
-    """Some frames of a video, by their position after the first of them; as long as there is no gap."""
-
-    def __init__(self, frames: dict):
-        self._frames, self.first = frames, min(frames)
-
-    def __len__(self) -> int:
-        return next(length for length in itertools.count(1) if self.first + length not in self._frames)
-
-    def __getitem__(self, position: int):
-        return self._frames[self.first + position]
-
-
-def _read_frames(arguments: argparse.Namespace, indices: list[int], ahead: int) -> dict:
-    """
-    Frames of a video by their numbers, `ahead` of them from the first on, without keeping the others. Of a damaged
-    video those before the damage, so that following it keeps what it can.
-    """
-    from hf_deformvos.video import VideoError, VideoReader
-
-    found, damage = {}, None
-    wanted = {*indices, *range(indices[0], min(indices[0] + ahead, arguments.max_frames or sys.maxsize))}
-    with VideoReader(arguments.video, max_frames=max(wanted) + 1) as reader:
-        try:
-            with closing(iter(reader)) as frames:
-                for frame in frames:
-                    if frame.index in wanted:
-                        found[frame.index] = frame.image
-        except VideoError as error:
-            damage = error
-    missing = [index for index in indices if index not in found]
-    is_damaged = damage is not None or reader.truncated or reader.num_damaged > 0
-    if missing and (missing[0] == indices[0] or not is_damaged):
-        raise damage or ValueError(
-            f"the video ends before frame {missing[0]}, which a mask is given for; frames count from 0."
-        )
-    return found
-
-
-def default_model() -> str:
-    """The student bundled with a checkout, else the one on the Hub."""
-    for root in (Path.cwd(), Path(__file__).resolve().parents[2]):
-        if (root / _BUNDLED_MODEL / "config.json").is_file():
-            return str(root / _BUNDLED_MODEL)
-    return DEFAULT_HUB_MODEL
-
-
-def _resolve_speed(arguments: argparse.Namespace) -> None:
-    """[`resolve_speed`], with an error in the user's words if an exported model does not take that precision."""
-    from ..inference import is_exported
-
-    dtype = arguments.dtype
-    resolve_speed(arguments)
-    name = arguments.model or default_model()
-    if arguments.dtype != "float32" and is_exported(name):
-        asked = f"--dtype {dtype}" if dtype else f"--preset {arguments.preset}, which is {arguments.dtype} here"
-        raise ValueError(f"The exported model {name} takes float32, got {asked}; pass --dtype float32.")
 
 
 def _pair_masks(masks: list[str], frames: list[int] | None) -> dict[int, str]:
@@ -552,17 +385,6 @@ def _pair_masks(masks: list[str], frames: list[int] | None) -> dict[int, str]:
             f"--mask-frame must differ from mask to mask, got {frames}; merge the masks of one frame into one image."
         )
     return dict(zip(frames, masks, strict=True))
-
-
-def _check_readable_twice(info) -> None:
-    """An error for a video whose frames are gone once read; of a URL it is not known."""
-    if info.kind == "camera":
-        raise ValueError("--adapt takes time before anything is followed; a camera does not wait. Leave it out.")
-    if not info.seekable and os.path.exists(info.source):
-        raise ValueError(
-            f"VIDEO must be a file or a folder for --adapt, which reads it twice, got {info.source}; save it as "
-            "a file, or leave --adapt out."
-        )
 
 
 def _folder_name(video: str) -> str:
@@ -592,17 +414,6 @@ def _check_places(output: Path, overlay: Path | None) -> None:
     check_folder(overlay.parent, f"--overlay must lie in a folder that can be written to, got {overlay}")
 
 
-@contextmanager
-def _writing(path: Path, option: str) -> Iterator[None]:
-    """Errors of writing say what could not be written, and what to do."""
-    try:
-        yield
-    except OSError as error:
-        cure = "free space there, or choose" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose"
-        reason = error.strerror or error
-        raise OSError(f"{path} cannot be written ({reason}); {cure} another {option}.") from error
-
-
 def _earlier_results(output: Path, overlay: Path | None, overwrite: bool) -> list[Path]:
     """Files of an earlier run that this one replaces; an error if it must not."""
     old = [file for file in (output / "masks").glob("*.png") if re.fullmatch(r"\d{5,}\.png", file.name)]
@@ -619,61 +430,10 @@ def _prepare_output(output: Path, overlay: Path | None, old: list[Path]) -> None
     """Makes the folders, and then removes earlier results: a shorter run must not end in their masks."""
     folders = [("--output", output / "masks"), *([("--overlay", overlay.parent)] if overlay else [])]
     for option, folder in folders:
-        with _writing(folder, option):
+        with writing(folder, option):
             folder.mkdir(parents=True, exist_ok=True)
     for file in old:
         file.unlink()
-
-
-def _with_given(id_map, given):
-    """The id map with the objects of a given mask exactly as given, not as they come back from network resolution."""
-    import numpy as np
-
-    named = np.unique(given[given > 0])
-    return np.where(given > 0, given, np.where(np.isin(id_map, named), 0, id_map))
-
-
-def _areas_and_boxes(id_map, object_ids: list[int]) -> dict[str, dict]:
-    """Area in pixels and box `[x0, y0, x1, y1]` (x1 and y1 exclusive) of each object; no box where it is not seen."""
-    import numpy as np
-
-    objects = {}
-    for object_id in object_ids:
-        inside = id_map == object_id
-        rows, area = np.flatnonzero(inside.any(axis=1)), int(np.count_nonzero(inside))
-        box = None
-        if area:
-            columns = np.flatnonzero(inside.any(axis=0))
-            box = [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
-        objects[str(object_id)] = {"area": area, "box": box}
-    return objects
-
-
-def _versions() -> dict[str, str]:
-    """What the results depend on."""
-    import av
-    import torch
-    import transformers
-
-    from hf_deformvos import __version__
-
-    return {
-        "hf_deformvos": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "av": av.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }
-
-
-def _explain(error: Exception) -> Exception:
-    """Turns out-of-memory into advice; other errors pass."""
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError):
-        return ValueError(f"the device ran out of memory ({str(error).splitlines()[0]}); lower --short-side.")
-    return error
 
 
 def _synchronize(device: str) -> None:
@@ -705,4 +465,4 @@ def _on_signals(handler, *signals: signal.Signals) -> Iterator[None]:
             signal.signal(number, before)
 
 
-__all__ = ["add_parser", "default_model", "load_model", "run"]
+__all__ = ["LoadedModel", "add_parser", "load_model", "run"]

@@ -2,7 +2,7 @@
 
 import argparse
 
-from .score import at_least
+from .common import at_least
 
 
 # The names are repeated here: every command builds this parser, and few need the modules that define them.
@@ -10,6 +10,8 @@ PRESET_NAMES = ("accurate", "standard", "fast")
 DTYPES = ("float32", "bfloat16", "float16")
 # Of --adapt-check, which goes through them several times: about five seconds, and any sequence of DAVIS-2016 val.
 CHECK_FRAMES = 128
+# The least that AdaptationConfig takes; the model for smaller frames learns from clips of this size.
+LEAST_CLIP_SIDE = 65
 
 
 def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,27 +73,31 @@ def adaptation_config(arguments: argparse.Namespace):
     from ..adaptation import AdaptationConfig
 
     if arguments.short_side:
-        named["short_side"] = max(arguments.short_side, 65)
+        named["short_side"] = max(arguments.short_side, LEAST_CLIP_SIDE)
     return AdaptationConfig(**named)
 
 
-def resolve_speed(arguments: argparse.Namespace) -> None:
+def resolve_speed(arguments: argparse.Namespace, model: str) -> None:
     """
     Sets `dtype` and `short_side` to the preset's where the user named none.
 
     Raises:
-        ValueError: if there is no such device.
+        ValueError: if there is no such device, or `model` is an exported one and does not take that precision.
     """
-    from ..inference import PRESETS, resolve_device
+    from ..inference import PRESETS, is_exported, resolve_device
 
-    preset = PRESETS[arguments.preset]
-    arguments.dtype = arguments.dtype or preset.resolve_dtype(resolve_device(arguments.device))
+    named, preset = arguments.dtype, PRESETS[arguments.preset]
+    arguments.dtype = named or preset.resolve_dtype(resolve_device(arguments.device))
     arguments.short_side = arguments.short_side or preset.short_side
+    if arguments.dtype != "float32" and is_exported(model):
+        asked = f"--dtype {named}" if named else f"--preset {arguments.preset}, which is {arguments.dtype} here"
+        raise ValueError(f"The exported model {model} takes float32, got {asked}; pass --dtype float32.")
 
 
 __all__ = [
     "CHECK_FRAMES",
     "DTYPES",
+    "LEAST_CLIP_SIDE",
     "PRESET_NAMES",
     "adaptation_config",
     "add_adaptation_arguments",

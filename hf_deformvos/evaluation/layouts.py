@@ -10,7 +10,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from ..data.folders import (
-    IMAGE_SUFFIXES,
+    DATASET_SUFFIXES,
     check_masks_have_frames,
     image_files,
     masks_by_frame,
@@ -107,7 +107,7 @@ class EvaluationDataset:
     Attributes:
         name (`str`): One of `DATASETS`.
         root (`str`): As given by the user.
-        split (`str`): As given by the user.
+        split (`str`): As given by the user, or what stands for it; `"all"` for all of a `folder`.
         sequences (`tuple[EvaluationSequence, ...]`): What is evaluated, in the benchmark's order.
         seen_categories (`frozenset[str]`, *optional*): Classes of the training set, for YouTube-VOS.
     """
@@ -190,7 +190,7 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
 def load_dataset_layout(
     name: str,
     root: str | os.PathLike,
-    split: str = "val",
+    split: str | None = None,
     sequences: Iterable[str] | None = None,
     max_frames: int | None = None,
     all_frames: bool = False,
@@ -208,12 +208,13 @@ def load_dataset_layout(
       `.../meta.json`, and optionally `<valid|...>_all_frames/JPEGImages/<video>`. Objects appear at any frame and are
       scored, where every annotation exists, on the frames that `meta.json` lists after their first.
     - `folder`: `JPEGImages/<sequence>` and `Annotations/<sequence>`. Annotated frames are scored except for the first
-      and the last; ids that first occur in a later annotation are objects that appear there.
+      and the last; ids that first occur in a later annotation are objects that appear there. A split is a list of
+      sequences in `ImageSets`, as DAVIS has them.
 
     Args:
         name (`str`): One of `DATASETS`.
         root (`str` or `os.PathLike`): Folder of the data set.
-        split (`str`, *optional*, defaults to `"val"`): Which part of it.
+        split (`str`, *optional*): Which part of it; by default `"val"`, of a `folder` all of it.
         sequences (iterable of `str`, *optional*): Only these.
         max_frames (`int`, *optional*): Only so many frames of each sequence, as if it ended there.
         all_frames (`bool`, *optional*, defaults to `False`):
@@ -223,7 +224,7 @@ def load_dataset_layout(
         [`EvaluationDataset`]
 
     Raises:
-        ValueError: If the name is unknown, files of the layout are missing, or a sequence does not exist.
+        ValueError: If the name is unknown, files of the layout are missing, or a sequence or the split does not exist.
     """
     if name not in DATASETS:
         raise ValueError(f"`dataset` must be one of {', '.join(DATASETS)}, got {name!r}.")
@@ -235,18 +236,19 @@ def load_dataset_layout(
     if not base.is_dir():
         raise ValueError(f"`root` must be the folder of the data set, got {str(root)!r}, which does not exist.")
     chosen = list(dict.fromkeys(sequences)) if sequences is not None else None
+    part = split if split is not None else "all" if name == "folder" else "val"
     seen = None
     if name.startswith("youtubevos"):
-        found = _youtube_vos_sequences(base, split, chosen, max_frames, all_frames)
+        found = _youtube_vos_sequences(base, part, chosen, max_frames, all_frames)
         seen = load_seen_categories(base)
     elif name == "folder":
-        found = _folder_sequences(base, chosen, max_frames)
+        found = _folder_sequences(base, split, chosen, max_frames)
     else:
-        found = _davis_sequences(base, name, split, chosen, max_frames)
+        found = _davis_sequences(base, name, part, chosen, max_frames)
     found = tuple(found)
     if not found:
-        raise ValueError(f"{root} holds no sequence of split {split!r}.")
-    return EvaluationDataset(name, str(root), split, found, seen)
+        raise ValueError(f"{root} holds no sequence of split {part!r}.")
+    return EvaluationDataset(name, str(root), part, found, seen)
 
 
 def guess_dataset(root: str | os.PathLike) -> str:
@@ -273,6 +275,7 @@ def guess_dataset(root: str | os.PathLike) -> str:
 def _davis_sequences(root: Path, name: str, split: str, chosen: list[str] | None, max_frames: int | None):
     """Sequences of a DAVIS folder: the first frame is given and names the objects."""
     images, masks = _subfolder(root, "JPEGImages"), _subfolder(root, "Annotations")
+    binary = name == "davis2016"
     listed = _davis_split(root, name.removeprefix("davis"), split)
     if listed is None:
         listed = subfolder_names(masks)
@@ -294,20 +297,21 @@ def _davis_sequences(root: Path, name: str, split: str, chosen: list[str] | None
                 f"lacks {len(missing)} of {len(frames)}, the first being {missing[0]}.png."
             )
         scored = tuple(path.stem for path in frames[1:-1]) if not missing else ()
-        ids = [1] if name == "davis2016" else object_ids_of(read_ids(annotations[first]))
-        objects = tuple(TrackedObject(object_id, first, scored) for object_id in ids)
+        objects = tuple(TrackedObject(object_id, first, scored) for object_id in _objects(annotations[first], binary))
         if not objects:
             raise ValueError(
                 f"Sequence {sequence!r} must show its objects in the first frame, got an empty {first}.png."
             )
         output_frames = tuple(path.stem for path in frames)
-        yield EvaluationSequence(sequence, frames, annotations, objects, output_frames, binary=name == "davis2016")
+        yield EvaluationSequence(sequence, frames, annotations, objects, output_frames, binary=binary)
 
 
-def _folder_sequences(root: Path, chosen: list[str] | None, max_frames: int | None):
-    """Sequences of a plain folder: whatever is annotated is scored."""
+def _folder_sequences(root: Path, split: str | None, chosen: list[str] | None, max_frames: int | None):
+    """Sequences of a plain folder, all or those of a split: whatever is annotated is scored."""
     images, masks = _subfolder(root, "JPEGImages"), _subfolder(root, "Annotations")
-    for sequence in _choose(chosen, subfolder_names(masks), str(root)):
+    listed = subfolder_names(masks) if split is None else _folder_split(root, split)
+    where = str(root) if split is None else f"{root}, split {split!r}"
+    for sequence in _choose(chosen, listed, where):
         frames = _frames(images / sequence, max_frames, masks / sequence)
         annotations = _annotations(masks / sequence, frames)
         if not annotations:
@@ -318,8 +322,7 @@ def _folder_sequences(root: Path, chosen: list[str] | None, max_frames: int | No
         first_frames: dict[int, str] = {}
         binary = _is_binary(annotations[frame] for frame in annotated)
         for frame in annotated:
-            ids = read_ids(annotations[frame], merge_channels=binary)
-            for object_id in [1] if binary and ids.any() else object_ids_of(ids):
+            for object_id in _objects(annotations[frame], binary):
                 first_frames.setdefault(object_id, frame)
         if not first_frames:
             raise ValueError(f"Sequence {sequence!r} must show an object in one of its masks; all are empty.")
@@ -427,6 +430,18 @@ def _davis_split(root: Path, year: str, split: str) -> list[str] | None:
     return None
 
 
+def _folder_split(root: Path, split: str) -> list[str]:
+    """Sequence names of a split file, which a plain folder may have as DAVIS has, for whichever year."""
+    for year in (2017, 2016):
+        listed = read_split(root, year, split)
+        if listed is not None:
+            return listed
+    raise ValueError(
+        f"`split` must have a file {root / 'ImageSets' / split}.txt, got {split!r}; leave it out to take every "
+        "sequence."
+    )
+
+
 def _choose(chosen: list[str] | None, known: list[str], where: str) -> list[str]:
     """The sequences to take, in the order of the data set."""
     if chosen is None:
@@ -444,7 +459,7 @@ def _frames(folder: Path, max_frames: int | None = None, masks: Path | None = No
         raise ValueError(f"The data set needs the frames of {folder.name!r} in {folder}, which does not exist.")
     frames = image_files(folder)
     if not frames:
-        raise ValueError(f"{folder} must hold image files ({', '.join(IMAGE_SUFFIXES)}); there are none.")
+        raise ValueError(f"{folder} must hold image files ({', '.join(DATASET_SUFFIXES)}); there are none.")
     if masks:
         check_masks_have_frames(folder, frames, _masks_of(masks))
     return tuple(frames[:max_frames])
@@ -467,6 +482,12 @@ def object_ids_of(ids: np.ndarray) -> list[int]:
     """Ids in a mask without background and void."""
     counts = np.bincount(ids.ravel(), minlength=VOID + 1)
     return [int(value) for value in np.flatnonzero(counts) if value not in (0, VOID)]
+
+
+def _objects(path: Path, binary: bool) -> list[int]:
+    """The objects in a mask file; in a binary one every value above 0 is the one object."""
+    ids = read_ids(path, merge_channels=binary)
+    return [1] if binary and ids.any() else object_ids_of(ids)
 
 
 def _is_binary(paths: Iterable[Path]) -> bool:

@@ -26,6 +26,7 @@ from ..inference import (
     resolve_device,
     size_option,
 )
+from ..masks_deformvos import overrule
 from ..video.writer import write_palette_png
 from .layouts import EvaluationDataset, EvaluationSequence, limit_short_side, read_picture
 from .macs import count_macs as counting_macs
@@ -341,8 +342,7 @@ class SequenceStream:
                 self._add_objects(*given)
             ids = self._segment(image, size, count_macs, timed=given is None)
             if given is not None:
-                # A mask that is given stands as it is, and its objects are nowhere else.
-                ids = np.where(given[1] > 0, given[1], np.where(np.isin(ids, np.unique(given[1])), 0, ids))
+                ids = overrule(ids, given[1])
         if save and self.runner.save_masks is not None:
             target = mask_path(self.runner.save_masks, self.name, frame.name)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -356,12 +356,9 @@ class SequenceStream:
     def _adapt(self, image: Image.Image, name: str, given: np.ndarray) -> float:
         """Makes the model of this sequence; returns the seconds that took."""
         start = time.perf_counter()
-        if given.any():
-            first = next((index for index, path in enumerate(self.images) if path.stem == name), None)
-            ahead = [image] if first is None else _Pictures(self.images[first:])
-            self.model, self.adapted_share = self.runner.adapt(self.runner.model, ahead, given)
-        else:
-            self.model = self.runner.model
+        first = next((index for index, path in enumerate(self.images) if path.stem == name), None)
+        ahead = [image] if first is None else _Pictures(self.images[first:])
+        self.model, self.adapted_share = self.runner.adapt(self.runner.model, ahead, given)
         self.adaptation_seconds = time.perf_counter() - start
         return self.adaptation_seconds
 

@@ -70,7 +70,9 @@ def evaluate_hub_dataset(
         OSError: If the set or the weights cannot be read.
     """
     if protocol is not None and protocol not in PROTOCOLS:
-        raise ValueError(f"`protocol` must be one of {', '.join(PROTOCOLS)} for a data set, got {protocol!r}.")
+        raise ValueError(
+            f"`protocol` (--dataset) must be one of {', '.join(PROTOCOLS)} for a data set, got {protocol!r}."
+        )
     if max_frames is not None and max_frames < 1:
         raise ValueError(f"`max_frames` must be at least 1, got {max_frames}.")
     if config.adaptation is not None and config.adaptation.check_frames:
@@ -198,7 +200,7 @@ class _Sequence:
         if ids is not None:
             self._num_annotated += 1
             if not self._whole or len(self._frames) == 1:
-                given = [item for item in self._objects(ids) if item not in self.first_frames]
+                given = [item for item in object_ids_of(ids) if item not in self.first_frames]
             self.first_frames.update(dict.fromkeys(given, row.name))
         if self._whole and not self.first_frames:
             raise ValueError(f"Sequence {self.name!r} must show its objects in the first frame, got an empty mask.")
@@ -213,10 +215,6 @@ class _Sequence:
                 self._binary = not object_ids_of(ids)
         ids = image_ids(image, "the mask", merge_channels=self._binary is not False)
         return (ids > 0).astype(np.uint8) if self._binary else ids
-
-    def _objects(self, ids: np.ndarray) -> list[int]:
-        """The objects in a mask; that of DAVIS-2016 is there even where nothing of it is seen."""
-        return [1] if self._binary and self._whole else object_ids_of(ids)
 
     def _check_annotated(self, row: DatasetFrame, annotated: bool) -> None:
         """By the DAVIS protocol every frame has a mask, or the first alone."""

@@ -122,6 +122,22 @@ def _reuse_memory(model: DeformVosModel):
     model.register_forward_hook(tidy)
 
 
+def describe_device(device: torch.device) -> str:
+    """What computes, as records name it: a GPU by its name where PyTorch knows it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return "Apple GPU" if device.type == "mps" else device.type.upper()
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Waits for a device that computes on its own, so that a clock shows its time."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.synchronize(device)
+    elif kind == "mps":
+        torch.mps.synchronize()
+
+
 def resolve_device(device: str | None) -> torch.device:
     """
     The device of that name, by default CUDA, then MPS, then the CPU.
@@ -276,6 +292,7 @@ def hash_weights(name: str) -> str | None:
 __all__ = [
     "PRESETS",
     "Preset",
+    "describe_device",
     "fastest_dtype",
     "hash_weights",
     "is_exported",
@@ -286,4 +303,5 @@ __all__ = [
     "resolve_device",
     "sha256_of",
     "size_option",
+    "synchronize",
 ]

@@ -812,7 +812,7 @@ def as_bool_mask(mask, name: str) -> torch.Tensor:
     One object's mask as `(height, width)` bool.
 
     Raises:
-        ValueError: if it is not two-dimensional, or holds NaN.
+        ValueError: if it is not two-dimensional, holds NaN, or ids of several objects.
     """
     array = as_numpy(mask) if isinstance(mask, torch.Tensor) else np.asarray(mask)
     while array.ndim > 2 and array.shape[0] == 1:
@@ -821,6 +821,12 @@ def as_bool_mask(mask, name: str) -> torch.Tensor:
         raise ValueError(f"{name} must be (height, width), got {tuple(array.shape)}.")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise ValueError(f"{name} holds NaN or infinite values.")
+    marked = array[array != 0] if array.dtype.kind in "iu" else array[:0]
+    if marked.size and marked.min() != marked.max():
+        raise ValueError(
+            f"{name} holds several values ({marked.min()} and {marked.max()}), which may be ids: give an id map with "
+            "two dimensions, or a mask of 0 and 1 for each object (`ids == 1`, `gray > 127`)."
+        )
     return torch.from_numpy(array > 0.5 if array.dtype.kind == "f" else array != 0)
 
 

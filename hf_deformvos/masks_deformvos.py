@@ -48,7 +48,7 @@ def read_mask(path: str | os.PathLike, size: tuple[int, int] | None = None) -> n
       65535), or the image is black-and-white, that is object 1; RGB whose channels are equal counts as grey;
     * RGB colours: black is background; if every colour occurs in the DAVIS palette, its place there is the id, else
       the colours are numbered 1, 2, ... in ascending order of (red, green, blue);
-    * alpha: fully transparent pixels are background.
+    * alpha, beside gray or colours: fully transparent pixels are background.
 
     The value 255 beside other ids is void, as in DAVIS 2017, and becomes background.
 
@@ -58,7 +58,7 @@ def read_mask(path: str | os.PathLike, size: tuple[int, int] | None = None) -> n
             `(height, width)` of the video. A mask of another size is resized to it, nearest neighbour, with a warning.
 
     Returns:
-        `np.ndarray` of shape `(height, width)` and dtype `int32`: ids 1 to 255, 0 is background.
+        `np.ndarray` of shape `(height, width)` and dtype `int32`: ids 1 to 254, 0 is background.
 
     Raises:
         ValueError: If the file is no image, holds no object, or holds shades or ids that are none.

@@ -150,9 +150,7 @@ class DeformVosPipeline(Pipeline):
             raise ValueError("`masks` is empty: give the mask of at least one object on at least one frame.")
         session = self.processor.init_video_session(_frames_of(input_["video"]), dtype=dtype, short_side=short_side)
         for frame_idx in sorted(given):
-            self.processor.add_inputs_to_inference_session(
-                session, frame_idx, obj_ids=list(given[frame_idx]), input_masks=list(given[frame_idx].values())
-            )
+            session.add_masks(frame_idx, given[frame_idx])
         return {"session": session, "given": given}
 
     def _forward(
@@ -226,25 +224,37 @@ def _whole_number(value, name: str, least: int) -> int | None:
 
 
 def _frames_of(video):
-    """A path's frames; frames as they are."""
+    """A path's frames; the pictures of a list of paths; frames as they are."""
+    if isinstance(video, (list, tuple)) and video and all(_is_file(frame) for frame in video):
+        return _Pictures(video)
     if not isinstance(video, (str, os.PathLike)):
-        _check_is_one(video)
         return video
     source = open_source(os.fspath(video))
     return _decode(source) if isinstance(source, FileSource) else source
 
 
-def _check_is_one(video):
-    """An error for a list of videos, which other pipelines take; paths of images are frames."""
-    first = video[0] if isinstance(video, (list, tuple)) and video else None
-    if isinstance(first, (str, os.PathLike)) and os.path.exists(first):
+def _is_file(frame) -> bool:
+    return isinstance(frame, (str, os.PathLike)) and os.path.exists(frame)
+
+
+class _Pictures:
+    """Frames in picture files, each read when it is needed, as those of a folder are."""
+
+    def __init__(self, paths: list | tuple):
+        self.paths = paths
         try:
-            read_image(first)
+            read_image(paths[0])
         except VideoError as error:
             raise ValueError(
-                f"`video` must be one video, got a list of {len(video)} paths, the first of which is no image "
-                f"({os.fspath(first)}); call the pipeline once for each video."
+                f"`video` must be one video, got a list of {len(paths)} paths, the first of which is no image "
+                f"({os.fspath(paths[0])}); call the pipeline once for each video."
             ) from error
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return read_image(self.paths[index])
 
 
 def _decode(source: FileSource) -> Iterator[np.ndarray]:

@@ -118,3 +118,14 @@ def test_channels_last_is_the_same_map_with_strides_that_say_so(shape):
     brought = channels_last(hidden)
     torch.testing.assert_close(brought, hidden)
     assert brought.stride() == (shape[1] * shape[2] * shape[3], 1, shape[1] * shape[3], shape[1])
+
+
+@pytest.mark.parametrize(("kind", "waits", "name"), [("cpu", 0, "CPU"), ("cuda", 1, "A GPU"), ("mps", 1, "Apple GPU")])
+def test_a_device_is_waited_for_and_named(monkeypatch, kind, waits, name):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append("mps"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    inference.synchronize(kind)
+    assert len(waited) == waits
+    assert inference.describe_device(torch.device(kind)) == name

@@ -77,8 +77,27 @@ def test_every_form_of_video(segmenter, tiny_clip, tmp_path):
         tmp_path / "frames",
         str(tmp_path / "frames"),
         [str(tmp_path / "frames" / f"{t}.png") for t in range(len(frames))],
+        tuple(tmp_path / "frames" / f"{t}.png" for t in range(len(frames))),
     ):
         assert_same(id_maps(segmenter(video, masks=ids[0])), expected)
+
+
+def test_a_list_of_pictures_is_read_as_a_folder_of_them_is(segmenter, tiny_clip, tmp_path):
+    frames, ids = tiny_clip
+    for t, frame in enumerate(frames):
+        Image.fromarray(frame[..., 0].astype(np.uint16) * 257).save(tmp_path / f"{t}.png")
+    paths = [tmp_path / f"{t}.png" for t in range(len(frames))]
+    assert_same(id_maps(segmenter(paths, masks=ids[0])), id_maps(segmenter(tmp_path, masks=ids[0])))
+    assert_same(id_maps(segmenter(paths, masks=ids[0], reverse=True, start_frame=0)), [ids[0].astype(int)])
+
+
+def test_an_id_map_with_a_batch_axis_is_no_mask_of_one_object(segmenter, tiny_clip):
+    frames, ids = tiny_clip
+    for masks in (ids[:1], [ids[0]], torch.from_numpy(ids[:1])):
+        with pytest.raises(
+            ValueError, match=r"The mask of object 1 holds several values \(1 and 2\), which may be ids"
+        ):
+            segmenter(frames, masks=masks)
 
 
 def test_every_form_of_masks(segmenter, tiny_clip, tmp_path):

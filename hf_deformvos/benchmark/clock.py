@@ -3,8 +3,9 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
-from ..inference import resolve_device
+from ..inference import resolve_device, synchronize
 
 
 STAGES = ("decode", "preprocess", "backbone", "propagation", "decoder", "postprocess")
@@ -12,12 +13,7 @@ STAGES = ("decode", "preprocess", "backbone", "propagation", "decoder", "postpro
 
 def synchronizer(device: str) -> Callable[[], None]:
     """A function that waits until the device has done what was asked of it; on a CPU it has always."""
-    import torch
-
-    kind = resolve_device(device).type
-    if kind == "cuda":
-        return lambda: torch.cuda.synchronize(device)
-    return torch.mps.synchronize if kind == "mps" else lambda: None
+    return partial(synchronize, resolve_device(device))
 
 
 class StageClock:

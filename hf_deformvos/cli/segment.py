@@ -249,6 +249,7 @@ class _Job:
         """One frame through the network: its id map and the seconds of each stage."""
         import torch
 
+        from ..inference import synchronize
         from ..masks_deformvos import overrule
 
         processor, clock = self.loaded.processor, _Clock()
@@ -262,7 +263,7 @@ class _Job:
                     session, frame_idx=frame.index, input_masks=given, original_size=shape
                 )
             output = self.loaded.model(inference_session=session, frame=inputs.pixel_values[0], frame_idx=frame.index)
-            _synchronize(self.loaded.device)
+            synchronize(self.loaded.device)
             clock.lap("network")
             id_map = processor.post_process_id_map(output, original_size=shape)
             if given is not None:
@@ -434,16 +435,6 @@ def _prepare_output(output: Path, overlay: Path | None, old: list[Path]) -> None
             folder.mkdir(parents=True, exist_ok=True)
     for file in old:
         file.unlink()
-
-
-def _synchronize(device: str) -> None:
-    """Waits for the accelerator, so that its time is booked to the network and not to what follows."""
-    import torch
-
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    elif device.startswith("mps"):
-        torch.mps.synchronize()
 
 
 def _interrupt(*_) -> None:

@@ -20,6 +20,7 @@ from ..data.folders import (
 )
 from ..data.store import VOID
 from ..data.youtube_vos import read_youtube_vos_meta
+from ..image_processing_deformvos import to_rgb
 
 
 logger = logging.get_logger(__name__)
@@ -169,8 +170,8 @@ def read_picture(path: str | os.PathLike) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
-    except (*_DAMAGE, SyntaxError) as error:
+            return to_rgb(image)
+    except (*_DAMAGE, SyntaxError, ValueError) as error:
         raise _unreadable(path, error) from error
 
 

@@ -19,12 +19,14 @@ from transformers import AutoProcessor
 from transformers.utils import logging
 
 from ..inference import (
+    describe_device,
     hash_weights,
     load_checkpoint,
     load_for_inference,
     prepare_for_inference,
     resolve_device,
     size_option,
+    synchronize,
 )
 from ..masks_deformvos import overrule
 from ..video.writer import write_palette_png
@@ -391,11 +393,11 @@ class SequenceStream:
             # Nothing is counted of an exported model: its products are not PyTorch's.
             self.macs = macs.value or None
             return output
-        _synchronize(self.runner.device)
+        synchronize(self.runner.device)
         start = time.perf_counter()
         with torch.no_grad():
             output = self.model(inference_session=self.session, frame=pixel_values)
-        _synchronize(self.runner.device)
+        synchronize(self.runner.device)
         if timed:
             self.step_times.append(time.perf_counter() - start)
         return output
@@ -631,7 +633,7 @@ def describe_hardware(device: torch.device, dtype: str, num_threads: int, num_wo
         "threads_per_process": num_threads,
         "processes": num_workers,
         "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "device_name": cpu if device.type == "cpu" else describe_device(device),
         "dtype": dtype,
     }
 
@@ -656,14 +658,6 @@ def write_json(path: str | os.PathLike, content: dict) -> None:
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(part, path)
-
-
-def _synchronize(device: torch.device) -> None:
-    """Waits for the device, so that a clock shows its time."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 __all__ = [

@@ -633,6 +633,12 @@ def _as_bool_mask(mask, name: str) -> np.ndarray:
         raise ValueError(f"{name} must be (height, width), got {tuple(array.shape)}.")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise ValueError(f"{name} holds NaN or infinite values.")
+    marked = array[array != 0] if array.dtype.kind in "iu" else array[:0]
+    if marked.size and marked.min() != marked.max():
+        raise ValueError(
+            f"{name} holds several values ({marked.min()} and {marked.max()}), which may be ids: give an id map with "
+            "two dimensions, or a mask of 0 and 1 for each object (`ids == 1`, `gray > 127`)."
+        )
     return array > 0.5 if array.dtype.kind == "f" else array != 0
 
 

@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from ..data.clips import ClipSampler, Prefetcher, RawBatch
 from ..data.transforms import augment_clips
+from ..inference import describe_device
 from ..publishing.hub import Target
 from .batches import DrawnBatch, WorkerProcesses
 from .checkpoint import STATE_FILE, find_checkpoint, list_checkpoints, write_checkpoint
@@ -500,7 +501,7 @@ class Trainer:
         results = {
             "steps": self.step,
             "minutes": self.elapsed / 60,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+            "device": describe_device(device),
             "processes": self.accelerator.num_processes,
             "clips": self.clips,
             "parameters": sum(parameter.numel() for parameter in self.student.parameters()),

@@ -294,8 +294,8 @@ def _adapt(workspace: Workspace, checkpoint, run: _Run) -> Generator[Progress, N
     marked = [frame_idx for frame_idx in workspace.marks if len(_marked(workspace, frame_idx))]
     images = [workspace.frames[frame_idx] for frame_idx in marked]
     adaptation = Adaptation(checkpoint, images, [workspace.marks[frame_idx] for frame_idx in marked])
-    while adaptation.done < adaptation.config.steps:
-        yield replace(run.report(), learned=adaptation.done / adaptation.config.steps)
+    while adaptation.done < adaptation.total:
+        yield replace(run.report(), learned=adaptation.done / adaptation.total)
         if workspace.should_stop:
             break
         adaptation.step()

@@ -209,6 +209,22 @@ def test_the_mean_of_the_weights_is_what_is_given_back(tiny_model):
         assert torch.allclose(tensor.float(), (before[name] + made[1.0][name]) / 2.0, atol=1e-6), name
 
 
+def test_draws_are_the_mean_of_runs_with_their_seeds(tiny_model):
+    image, ids = scene()
+    alone = [weights_of(adapt(tiny_model, [image], [ids], replace(SHORT, seed=seed, blend=1.0))) for seed in (5, 6, 7)]
+    told = []
+    config = replace(SHORT, seed=5, draws=3, blend=1.0)
+    together = adapt(tiny_model, [image], [ids], config, lambda done, total: told.append((done, total)))
+    assert told == [(done, 3 * SHORT.steps) for done in range(1, 3 * SHORT.steps + 1)]
+    for name, value in weights_of(together).items():
+        mean = torch.stack([weights[name].double() for weights in alone]).mean(0)
+        torch.testing.assert_close(value.double(), mean, rtol=1e-5, atol=1e-6)
+    half = weights_of(adapt(tiny_model, [image], [ids], replace(config, blend=0.5)))
+    before = weights_of(tiny_model)
+    for name, _ in tiny_model.named_parameters():
+        torch.testing.assert_close(half[name], (before[name] + together.state_dict()[name]) / 2, rtol=1e-5, atol=1e-6)
+
+
 def test_backbone_may_learn_too(tiny_model):
     image, ids = scene()
     adapted = adapt(tiny_model, [image], [ids], replace(SHORT, train_backbone=True))
@@ -328,6 +344,7 @@ def test_clips_have_the_size_at_which_frames_are_followed(option, size):
     assert adaptation_config(parser.parse_args(["--adapt-steps", "7"])).steps == 7
     seeds = [adaptation_config(parser.parse_args(["--adapt-seed", str(seed)])).seed for seed in (0, 3)]
     assert seeds == [0, 3]
+    assert adaptation_config(parser.parse_args(["--adapt-draws", "4"])).draws == 4
 
 
 def test_clips_of_small_frames_are_as_small_as_clips_may_be():

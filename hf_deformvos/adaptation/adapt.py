@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -38,6 +40,9 @@ class AdaptationConfig:
 
     Args:
         steps (`int`): Training steps.
+        draws (`int`): How many times that is done, each time from the weights before and with other clips; the mean of
+            all that was learned depends less on chance than one draw does (Wortsman et al., Model soups, arXiv
+            2203.05482), and takes as many times as long.
         learning_rate (`float`): Peak rate of AdamW.
         short_side (`int`): Short side of the clips in pixels, rounded to 16k+1: the size at which frames are followed,
             so that objects look as they will then.
@@ -52,13 +57,15 @@ class AdaptationConfig:
         check_frames (`int`): Frames of the video that [`adapt_to_video`] follows there and back, to see how much of
             the trained weights does it good; 0 trusts `blend`, as [`adapt`] does, which knows no video.
         train_backbone (`bool`): Whether the backbone learns, too; it is frozen by default.
-        seed (`int`): Seed of all draws: the same frames, masks and seed give the same weights on the same machine.
+        seed (`int`): Seed of the first draw, the next one has the next: the same frames, masks and seed give the same
+            weights on the same machine.
 
     Raises:
         ValueError: If a value is out of its range.
     """
 
     steps: int = 50
+    draws: int = 1
     learning_rate: float = 3e-4
     short_side: int = 480
     num_frames: int = 4
@@ -73,8 +80,8 @@ class AdaptationConfig:
     seed: int = 0
 
     def __post_init__(self):
-        least = {"steps": 1, "short_side": 65, "num_frames": 2, "batch_size": 1, "check_frames": 0, "seed": 0}
-        for name, value in least.items():
+        least = {"steps": 1, "draws": 1, "num_frames": 2, "batch_size": 1, "check_frames": 0, "seed": 0}
+        for name, value in {**least, "short_side": 65}.items():
             if as_index(getattr(self, name), name) < value:
                 raise ValueError(f"`{name}` must be at least {value}, got {getattr(self, name)}.")
         for name, most in {"learning_rate": _HIGHEST_RATE, "bootstrap_share": 1.0}.items():
@@ -102,7 +109,8 @@ class Adaptation:
 
     Attributes:
         config ([`AdaptationConfig`]): How.
-        done (`int`): Steps that have been made, of `config.steps`.
+        done (`int`): Steps that have been made, of all draws.
+        total (`int`): All that there are.
     """
 
     def __init__(
@@ -115,32 +123,55 @@ class Adaptation:
         _check_trainable(model)
         self.config, self.done = config or AdaptationConfig(), 0
         config = self.config
+        self.total = config.draws * config.steps
         images, masks = _prepare(images, masks, config.short_side)
         size, most = _clip_size(masks[0].shape, config.short_side), min(_MAX_OBJECTS, model.config.max_objects)
         spec = ClipSpec(size, config.num_frames, config.batch_size, max_objects=most)
-        self._clips = GivenFrames(images, masks, spec, config.recomposed, config.leave, config.seed)
+        self._clips_of = partial(GivenFrames, images, masks, spec, config.recomposed, config.leave)
         self._plan = StepPlan(config.own_masks, config.bootstrap_share)
         self._before = model
-        # Commands adapt in the midst of inference.
-        with torch.inference_mode(False):
-            self._model = copy.deepcopy(model).float().train()
-            self._model.requires_grad_(True).backbone.requires_grad_(config.train_backbone)
-            if config.train_backbone:
-                self._model.backbone.freeze_pretrained()
-            self._parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-            self._optimizer = torch.optim.AdamW(self._parameters, lr=config.learning_rate, weight_decay=0.0)
-            self._task = SegmentationTask(self._model)
+        # Of the draws that are over.
+        self._mean: dict[str, torch.Tensor] = {}
+        self._begin_draw(0)
+
+    @torch.inference_mode(False)  # commands adapt in the midst of inference
+    def _begin_draw(self, draw: int) -> None:
+        """A copy of the model, and clips to train it on."""
+        config = self.config
+        self._clips = self._clips_of(config.seed + draw)
+        self._model = copy.deepcopy(self._before).float().train()
+        self._model.requires_grad_(True).backbone.requires_grad_(config.train_backbone)
+        if config.train_backbone:
+            self._model.backbone.freeze_pretrained()
+        self._parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        self._optimizer = torch.optim.AdamW(self._parameters, lr=config.learning_rate, weight_decay=0.0)
+        self._task = SegmentationTask(self._model)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _end_draw(self) -> None:
+        """Makes the copy's weights the mean of all draws so far."""
+        draws = math.ceil(self.done / self.config.steps)
+        for name, parameter in self._model.named_parameters():
+            if name in self._mean:
+                parameter.copy_(self._mean[name].lerp(parameter, 1 / draws))
+            if parameter.requires_grad:
+                self._mean[name] = parameter.clone()
 
     @torch.inference_mode(False)
     @torch.enable_grad()
     def step(self) -> float:
         """Makes one step; returns its loss. `ValueError` where its gradient is not finite."""
+        draw, number = divmod(self.done, self.config.steps)
+        if draw and number == 0:
+            self._end_draw()
+            self._begin_draw(draw)
         config, device = self.config, self._model.device
-        factor = learning_rate_factor(self.done / config.steps, self.done, _WARM_UP, _POWER)
+        factor = learning_rate_factor(number / config.steps, number, _WARM_UP, _POWER)
         for group in self._optimizer.param_groups:
             group["lr"] = config.learning_rate * factor
-        generator = step_generator(config.seed, self.done)
-        batch = self._clips(self.done, generator, device)
+        generator = step_generator(config.seed + draw, number)
+        batch = self._clips(number, generator, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=fastest_dtype(device.type) == "bfloat16"):
             loss = self._task(batch, self._plan, generator)["loss"]
         self._optimizer.zero_grad()
@@ -159,6 +190,7 @@ class Adaptation:
     def result(self):
         """The copy, as far as it has learned, in evaluation mode; nothing is learned from then on."""
         if self._parameters:
+            self._end_draw()
             self._model = blended(self._model, self._before, self.config.blend)
             before = dict(self._before.named_parameters())
             for name, parameter in self._model.named_parameters():
@@ -220,10 +252,10 @@ def adapt(
     ```
     """
     adaptation = Adaptation(model, images, masks, config)
-    while adaptation.done < adaptation.config.steps:
+    while adaptation.done < adaptation.total:
         adaptation.step()
         if progress is not None:
-            progress(adaptation.done, adaptation.config.steps)
+            progress(adaptation.done, adaptation.total)
     return adaptation.result()
 
 

@@ -38,7 +38,7 @@ def load_adapted(arguments: argparse.Namespace, name: str, config, masks: dict) 
     given = {index - frames.first: mask for index, mask in masks.items() if index in found}
     size = size_option(processor, arguments.short_side)
     started = time.perf_counter()
-    with tqdm(total=config.steps, desc="adapting", unit="step", disable=arguments.quiet) as bar:
+    with tqdm(total=config.draws * config.steps, desc="adapting", unit="step", disable=arguments.quiet) as bar:
 
         def report(done: int, total: int):
             bar.update()

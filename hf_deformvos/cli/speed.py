@@ -52,6 +52,13 @@ def add_adaptation_arguments(parser: argparse.ArgumentParser, masks: str) -> Non
         help="seed of the clips that --adapt (which it implies) draws; scores vary with it",
     )
     parser.add_argument(
+        "--adapt-draws",
+        metavar="N",
+        type=at_least(1),
+        help="adapt so many times (--adapt, which it implies), each time to other clips, and take the mean: less is "
+        "left to chance, for N times the time",
+    )
+    parser.add_argument(
         "--adapt-check",
         action="store_true",
         help=f"of what --adapt (which it implies) has learned, keep as much as does the video good: its first "
@@ -64,7 +71,7 @@ def adaptation_config(arguments: argparse.Namespace):
     The [`~hf_deformvos.adaptation.AdaptationConfig`] asked for, its clips of the size at which frames are followed;
     `None` where none is.
     """
-    named = {"steps": arguments.adapt_steps, "seed": arguments.adapt_seed}
+    named = {"steps": arguments.adapt_steps, "seed": arguments.adapt_seed, "draws": arguments.adapt_draws}
     named = {name: value for name, value in named.items() if value is not None}
     if arguments.adapt_check:
         named["check_frames"] = CHECK_FRAMES

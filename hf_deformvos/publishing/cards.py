@@ -35,7 +35,7 @@ _PICTURES = ("picture.jpg", "picture.png")
 _OPTION = re.compile(r"(--[\w-]+(?==)|.*)(?:=(.*))?", re.DOTALL)
 # What changes what is measured; a score without any is the model's.
 _TRADES = re.compile(
-    r"--(?:preset|adapt-steps|adapt-seed|short-side|memory-interval|override)[ =]\S+|--adapt-check|--adapt\b(?!-)"
+    r"--(?:preset|adapt-(?:steps|seed|draws)|short-side|memory-interval|override)[ =]\S+|--adapt-check|--adapt\b(?!-)"
 )
 _PRIVATE_OPTIONS = ("--json", "--save-masks")  # files that a run wrote, by their places
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

@@ -133,7 +133,7 @@ def test_without_a_check_the_share_is_trusted(tiny_model, tiny_processor, tiny_c
     frames, ids = tiny_clip
     made, kept = adapt_to_video(tiny_model, tiny_processor, frames[:1], {0: ids[0]}, SHORT)
     wanted = adapt(tiny_model, [frames[0]], [ids[0]], SHORT).state_dict()
-    assert kept == SHORT.blend
+    assert kept == SHORT.share == 0.75 and replace(SHORT, draws=2).share == 1.0
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in made.state_dict().items())
 
 

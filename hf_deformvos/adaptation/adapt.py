@@ -27,6 +27,8 @@ _WARM_UP = 0.1
 _POWER = 0.9
 _MAX_GRADIENT = 1.0
 _HIGHEST_RATE = 0.1
+# Of what one draw has learned.
+CAUTIOUS_SHARE = 0.75
 # Of one clip: where more are given, each clip draws its own.
 _MAX_OBJECTS = 3
 # Of clips, as a ratio of their sides.
@@ -52,8 +54,9 @@ class AdaptationConfig:
         leave (`float`): Probability that such an object leaves the picture.
         own_masks (`float`): Probability that memory is written with the model's own masks.
         bootstrap_share (`float`): Share of hardest pixels that the cross-entropy keeps.
-        blend (`float`): Share of the trained weights in the mean with those before (WiSE-FT, Wortsman et al., arXiv
-            2109.01903), which is what follows the objects.
+        blend (`float`, *optional*): Share of the trained weights in the mean with those before (WiSE-FT, Wortsman et
+            al., arXiv 2109.01903), which is what follows the objects; by default three quarters of one draw, and the
+            whole mean of several.
         check_frames (`int`): Frames of the video that [`adapt_to_video`] follows there and back, to see how much of
             the trained weights does it good; 0 trusts `blend`, as [`adapt`] does, which knows no video.
         train_backbone (`bool`): Whether the backbone learns, too; it is frozen by default.
@@ -74,7 +77,7 @@ class AdaptationConfig:
     leave: float = 0.0
     own_masks: float = 0.5
     bootstrap_share: float = 0.3
-    blend: float = 0.75
+    blend: float | None = None
     check_frames: int = 0
     train_backbone: bool = False
     seed: int = 0
@@ -87,9 +90,16 @@ class AdaptationConfig:
         for name, most in {"learning_rate": _HIGHEST_RATE, "bootstrap_share": 1.0}.items():
             if not 0 < getattr(self, name) <= most:
                 raise ValueError(f"`{name}` must be above 0 and at most {most}, got {getattr(self, name)}.")
-        for name in ("recomposed", "leave", "own_masks", "blend"):
+        for name in ("recomposed", "leave", "own_masks", *(() if self.blend is None else ("blend",))):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"`{name}` must be a share between 0 and 1, got {getattr(self, name)}.")
+
+    @property
+    def share(self) -> float:
+        """`blend`, or what stands for it."""
+        if self.blend is not None:
+            return self.blend
+        return CAUTIOUS_SHARE if self.draws == 1 else 1.0
 
     def adapt_to_video(
         self, model, processor, frames: Sequence[Image.Image | np.ndarray], masks: dict[int, np.ndarray], size: dict
@@ -191,7 +201,7 @@ class Adaptation:
         """The copy, as far as it has learned, in evaluation mode; nothing is learned from then on."""
         if self._parameters:
             self._end_draw()
-            self._model = blended(self._model, self._before, self.config.blend)
+            self._model = blended(self._model, self._before, self.config.share)
             before = dict(self._before.named_parameters())
             for name, parameter in self._model.named_parameters():
                 parameter.requires_grad_(before[name].requires_grad)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..inference import fastest_dtype, prepare_for_inference
 from ..inference_session_deformvos import as_index
-from .adapt import AdaptationConfig, adapt, blended
+from .adapt import CAUTIOUS_SHARE, AdaptationConfig, adapt, blended
 
 
 # Where the way back begins, as parts of the way there.
@@ -36,8 +36,9 @@ def adapt_to_video(
 
     [`adapt`] may do harm, most where an object was hidden and shows again. Whether it does can be seen without ground
     truth: the first `config.check_frames` frames are followed there and back with the weights as they were, with all
-    of the adapted ones, and with the share `config.blend` of them. The first of the latter two that agrees with itself
-    as well as the weights before ([`round_trip_agreement`]) is returned, else a copy of those before.
+    of the adapted ones, and with the share `config.blend` of them, three quarters by default. The first of the latter
+    two that agrees with itself as well as the weights before ([`round_trip_agreement`]) is returned, else a copy of
+    those before.
 
     Args:
         model ([`DeformVosModel`]): Not folded; it stays as it is.
@@ -63,7 +64,7 @@ def adapt_to_video(
     except LookupError as error:
         raise ValueError(f"Every mask needs its frame; those of {given} are not all there.") from error
     if not config.check_frames:
-        return adapt(model, images, id_maps, config, progress), config.blend
+        return adapt(model, images, id_maps, config, progress), config.share
     adapted = adapt(model, images, id_maps, replace(config, blend=1.0), progress)
     shown = [frames[position] for position in range(min(len(frames), config.check_frames))]
 
@@ -72,7 +73,7 @@ def adapt_to_video(
         return round_trip_agreement(ready, processor, shown, masks, size)
 
     least = agreement(model) - _TOLERANCE
-    for share in dict.fromkeys((1.0, config.blend)):
+    for share in dict.fromkeys((1.0, CAUTIOUS_SHARE if config.blend is None else config.blend)):
         candidate = blended(adapted, model, share)
         if agreement(candidate) >= least:
             return candidate, share

@@ -363,6 +363,16 @@ def test_youtube_vos_validation_has_first_masks_only(tmp_path):
     assert load_dataset_layout("youtubevos2018", tmp_path / "valid").sequences == dataset.sequences
 
 
+def test_a_part_of_youtube_vos_is_no_other_part(tmp_path, monkeypatch):
+    part = make_youtube_vos(tmp_path, complete=False, all_frames=True) / "valid"
+    for split in (None, "val", "valid"):
+        assert load_dataset_layout("youtubevos2018", part, split).split == "val"
+    with pytest.raises(ValueError, match=r"`split` chooses a part of YouTube-VOS, got 'train', and .* is a part"):
+        load_dataset_layout("youtubevos2018", part, "train")
+    monkeypatch.chdir(part)
+    assert load_dataset_layout("youtubevos2018", ".", "val", all_frames=True).split == "val"
+
+
 def test_youtube_vos_broken_copies_are_named(tmp_path):
     root = make_youtube_vos(tmp_path, complete=True)
     mask = root / "valid" / "Annotations" / "aaa" / "00015.png"
@@ -861,6 +871,10 @@ def test_score_command_names_wrong_sizes_and_unknown_ids(tmp_path, command, caps
         (
             ["evaluate", "--model", "m", "--root", "{data}", "--dataset", "davis2017", "--dataset-split", "train"],
             "--dataset-split belongs to --dataset-name, got 'train' with --root; give a folder's part as --split.",
+        ),
+        (
+            ["evaluate", "--model", "m", "--root", "{data}", "--dataset", "davis2017", "--dataset-streaming"],
+            "--dataset-streaming belongs to --dataset-name: the folder of --root is read as it is.",
         ),
         (
             ["evaluate", "--model", "m", "--dataset-name", "set", "--dataset", "youtubevos2019"],

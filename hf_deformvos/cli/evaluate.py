@@ -148,6 +148,8 @@ def _evaluate_folder(arguments: argparse.Namespace, config):
             f"--dataset-split belongs to --dataset-name, got {arguments.dataset_split!r} with --root; give a folder's "
             "part as --split."
         )
+    if arguments.dataset_streaming:
+        raise ValueError("--dataset-streaming belongs to --dataset-name: the folder of --root is read as it is.")
     dataset = load_dataset(arguments, all_frames=arguments.all_frames)
     sequences = {sequence.name: sequence for sequence in dataset.sequences}
     table = Table(report.table_header())

@@ -206,8 +206,9 @@ def load_dataset_layout(
       `ImageSets/<2016|2017>/<split>.txt` (or `ImageSets/<split>.txt`). Objects are those of the first frame; the first
       and the last frame are not scored.
     - `youtubevos2018`, `youtubevos2019`: `<valid|train|test>/JPEGImages/<video>`, `.../Annotations/<video>`,
-      `.../meta.json`, and optionally `<valid|...>_all_frames/JPEGImages/<video>`. Objects appear at any frame and are
-      scored, where every annotation exists, on the frames that `meta.json` lists after their first.
+      `.../meta.json`, and optionally `<valid|...>_all_frames/JPEGImages/<video>`; or one of those folders itself.
+      Objects appear at any frame and are scored, where every annotation exists, on the frames that `meta.json` lists
+      after their first.
     - `folder`: `JPEGImages/<sequence>` and `Annotations/<sequence>`. Annotated frames are scored except for the first
       and the last; ids that first occur in a later annotation are objects that appear there. A split is a list of
       sequences in `ImageSets`, as DAVIS has them.
@@ -240,7 +241,8 @@ def load_dataset_layout(
     part = split if split is not None else "all" if name == "folder" else "val"
     seen = None
     if name.startswith("youtubevos"):
-        found = _youtube_vos_sequences(base, part, chosen, max_frames, all_frames)
+        folder, part = _youtube_vos_part(base, split)
+        found = _youtube_vos_sequences(folder, chosen, max_frames, all_frames)
         seen = load_seen_categories(base)
     elif name == "folder":
         found = _folder_sequences(base, split, chosen, max_frames)
@@ -335,14 +337,28 @@ def _folder_sequences(root: Path, split: str | None, chosen: list[str] | None, m
         yield EvaluationSequence(sequence, frames, annotations, objects, output_frames, binary=binary)
 
 
-def _youtube_vos_sequences(root: Path, split: str, chosen: list[str] | None, max_frames: int | None, all_frames: bool):
-    """Videos of a YouTube-VOS folder: `meta.json` tells which frames and objects there are."""
-    part = _YOUTUBE_VOS_FOLDERS.get(split, split)
-    base = root if (root / "meta.json").is_file() else root / part
+def _youtube_vos_part(root: Path, split: str | None) -> tuple[Path, str]:
+    """Where the videos of a split are, and what it is called: a root is the whole data set, or a part of it."""
+    if not (root / "meta.json").is_file():
+        split = "val" if split is None else split
+        return root / _YOUTUBE_VOS_FOLDERS.get(split, split), split
+    names = {folder: name for name, folder in _YOUTUBE_VOS_FOLDERS.items()}
+    folder = root.resolve().name
+    if split is not None and names.get(split, split) != names.get(folder, folder):
+        raise ValueError(
+            f"`split` chooses a part of YouTube-VOS, got {split!r}, and {root} is a part itself (it has a meta.json); "
+            "leave the split out, or give the folder above."
+        )
+    return root, names.get(folder, folder)
+
+
+def _youtube_vos_sequences(base: Path, chosen: list[str] | None, max_frames: int | None, all_frames: bool):
+    """Videos of a part of YouTube-VOS: its `meta.json` tells which frames and objects there are."""
     videos = read_youtube_vos_meta(base / "meta.json")
     images = base / "JPEGImages"
     if all_frames:
-        images = base.parent / f"{base.name}_all_frames" / "JPEGImages"
+        whole = base.resolve()  # a folder given as "." has no name
+        images = whole.with_name(f"{whole.name}_all_frames") / "JPEGImages"
         if not images.is_dir():
             raise ValueError(
                 f"`all_frames` needs {images}, which does not exist; leave the option out or add the folder."

@@ -68,10 +68,13 @@ def test_ids_are_kept_and_255_beside_ids_is_void(tmp_path, options):
     assert int((store.mask(0) == 255).sum()) == 40 * 50
 
 
-def test_merged_sets_have_one_object(tmp_path, options):
+def test_merged_sets_have_one_object(tmp_path, options, monkeypatch):
     write_static_set(tmp_path / "sets" / "parts", values=(4, 9))
     (merged,) = load_static_sets(tmp_path / "sets", merged_sets=("parts",), **options)
     (split,) = load_static_sets(tmp_path / "sets", merged_sets=(), **options)
+    monkeypatch.chdir(tmp_path / "sets" / "parts")
+    (here,) = load_static_sets(".", merged_sets=("parts",), **options)
+    assert (here.name, here.folder) == ("parts", merged.folder)
     assert ids_of(merged) == {1}
     assert ids_of(split) == {4, 9}
 
@@ -483,6 +486,41 @@ def test_stills_of_a_kin_batch_come_from_one_set(tmp_path):
         assert len({id(store) for store, _ in sampler._batch_statics(index, mixed)}) == 2
         sampler(index, spec)
     assert len(sets) == 2
+
+
+@pytest.mark.parametrize("kin", [0.0, 0.4])
+def test_every_place_of_a_batch_is_as_likely_a_still(tmp_path, monkeypatch, kin):
+    sampler = ClipSampler(*stores(tmp_path))
+    monkeypatch.setattr(sampler, "_draw_static", lambda *arguments: None)
+    monkeypatch.setattr(sampler, "_draw_video", lambda *arguments: None)
+    spec = ClipSpec((33, 33), 2, 4, video_share=0.5, kin=kin)
+    drawn = np.stack([sampler(index, spec).is_static for index in range(400)])
+    is_kin = np.array([sampler._batch_statics(index, spec) is not sampler._statics for index in range(400)])
+    assert is_kin.mean() == pytest.approx(kin, abs=0.1)
+    for batches in (drawn[is_kin], drawn[~is_kin]):
+        if len(batches):
+            # 0.5, give or take four standard deviations of the mean of some 160 draws.
+            assert np.abs(batches.mean(0) - 0.5).max() < 0.16
+
+
+def test_frames_of_a_sequence_may_differ_in_size(tmp_path):
+    root = write_davis(tmp_path / "davis", names=("ant",), frames=6)
+    for number in range(3, 6):
+        for path in root.rglob(f"{number:05d}.*"):
+            with Image.open(path) as image:
+                image.resize((image.width // 2, image.height // 2), Image.NEAREST).save(path)
+    sampler = ClipSampler([load_davis(root, cache_dir=tmp_path / "c", show_progress_bar=False, exclude=())])
+    for index in range(40):
+        raw = sampler(index, ClipSpec((97, 161), 4, 2, max_gap=2))
+        assert (raw.masks == 1).flatten(2).any(-1).float().mean() > 0.7, "the object stays in the window"
+
+
+def test_a_cache_that_was_copied_in_part_is_named(tmp_path):
+    videos, _ = stores(tmp_path)
+    path = videos[0].folder / "images.bin"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"images\.bin must have \d+ bytes, got 100: .* Remove"):
+        FrameStore(videos[0].folder)
 
 
 def test_only_one_kind_of_source_is_enough(tmp_path):

@@ -116,7 +116,8 @@ class ClipSampler:
 
     def _batch_statics(self, index: int, spec: ClipSpec) -> list[tuple[FrameStore | ArrayStore, int]]:
         """The still images that a batch draws from: all, or those of one set, larger sets being likelier."""
-        rng = np.random.default_rng([self.seed, index])
+        # `batch` is no clip's position. Without a third number the draws would be those of the first clip.
+        rng = np.random.default_rng([self.seed, index, spec.batch])
         if not self._static_sets or rng.random() >= spec.kin:
             return self._statics
         shares = np.array([len(images) for images in self._static_sets]) / len(self._statics)
@@ -163,9 +164,11 @@ class ClipSampler:
             picked = [next(index for index in span if store.objects[index])] * spec.frames
             objects = store.objects[picked[0]]
         table, focus = _choose_objects(rng, objects, spec.max_objects)
-        window = choose_window(rng, store.sizes[picked[0]], focus.box, spec.canvas)
+        size = store.sizes[picked[0]]
+        window = choose_window(rng, size, focus.box, spec.canvas)
         for position, index in enumerate(picked):
-            cut_window(store.image(index), table[store.mask(index)], window, frames[position], masks[position])
+            same = _scale_window(window, size, store.sizes[index])
+            cut_window(store.image(index), table[store.mask(index)], same, frames[position], masks[position])
 
 
 def _usable_sequences(store: FrameStore) -> list[range]:
@@ -239,6 +242,14 @@ def choose_window(
 
     left, top = place(x0, x1, width, frame_width), place(y0, y1, height, frame_height)
     return left, top, left + width, top + height
+
+
+def _scale_window(
+    window: tuple[float, float, float, float], size: tuple[int, int], other_size: tuple[int, int]
+) -> tuple[float, float, float, float]:
+    """A window (x0, y0, x1, y1) of a frame of one (height, width) as it lies in one of another."""
+    down, across = other_size[0] / size[0], other_size[1] / size[1]
+    return window[0] * across, window[1] * down, window[2] * across, window[3] * down
 
 
 def cut_window(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -154,7 +155,7 @@ def load_davis(
     Raises:
         ValueError: If the folder, split or a sequence is missing, or nothing is left.
     """
-    root = Path(root)
+    root = Path(os.path.abspath(root))  # "." has no name
     names = list(sequences) if sequences is not None else _default_sequences(root, split, year, task)
     kept = [name for name in names if name not in set(exclude)]
     _report_excluded(root, [name for name in names if name in set(exclude)], kept, asked=sequences is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def load_static_sets(
     Raises:
         ValueError: If there is no set or a named one is missing.
     """
-    root = Path(root)
+    root = Path(os.path.abspath(root))  # the folder "." is a set by its name, too
     folders = [root] if _is_set(root) else sorted(path for path in root.glob("*") if _is_set(path))
     if sets is not None:
         unknown = sorted(set(sets) - {folder.name for folder in folders})

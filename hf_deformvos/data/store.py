@@ -301,8 +301,18 @@ class FrameStore:
             [ObjectBox(item[0], item[1], tuple(item[2:])) for item in frame] for frame in meta["objects"]
         ]
         self._offsets = np.concatenate([[0], np.cumsum([h * w for h, w in self.sizes])])
-        self._images = np.memmap(self.folder / "images.bin", dtype=np.uint8, mode="r")
-        self._masks = np.memmap(self.folder / "masks.bin", dtype=np.uint8, mode="r")
+        self._images, self._masks = self._open("images.bin", channels=3), self._open("masks.bin", channels=1)
+
+    def _open(self, name: str, channels: int) -> np.memmap:
+        """One of the flat arrays, which holds the pixels of every frame."""
+        path, wanted = self.folder / name, channels * int(self._offsets[-1])
+        found = path.stat().st_size if path.is_file() else 0
+        if found != wanted:
+            raise ValueError(
+                f"{path} must have {wanted} bytes, got {found}: it was copied or written in part. Remove "
+                f"{self.folder}, and the data are decoded again."
+            )
+        return np.memmap(path, dtype=np.uint8, mode="r")
 
     def __len__(self) -> int:
         return len(self.sizes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -151,7 +152,7 @@ def data_names(config: dict) -> list[str]:
     names = set()
     for source in _SOURCES:
         for place in config.get(source) or []:
-            path = Path(place.removesuffix(":merge").removesuffix(":ids"))
+            path = Path(os.path.abspath(place.removesuffix(":merge").removesuffix(":ids")))
             # A folder of several image sets is no set; its sub-folders are.
             is_set = (path / "images").is_dir() or not path.is_dir()
             inside = [part.name for part in path.iterdir() if (part / "images").is_dir()] if not is_set else []

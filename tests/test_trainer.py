@@ -40,7 +40,7 @@ from hf_deformvos.training.batches import WorkerProcesses
 from hf_deformvos.training.checkpoint import STATE_FILE, find_checkpoint, list_checkpoints, write_checkpoint
 from hf_deformvos.training.ema import WeightAverage
 from hf_deformvos.training.optimization import learning_rate_factor, parameter_groups
-from hf_deformvos.training.trainer import TrainingDiverged
+from hf_deformvos.training.trainer import TrainingDiverged, _teacher_hash
 
 
 STAGE = {"until": 1.0, "size": [33, 49], "frames": 2, "batch": 2}
@@ -357,12 +357,81 @@ def test_an_earlier_run_is_not_overwritten(tmp_path):
 
 @pytest.mark.parametrize("limit", [{"max_train_steps": 5}, {"max_train_steps": None, "max_train_minutes": 0.01}])
 def test_a_repeated_command_leaves_a_finished_run_as_it_is(tmp_path, limit):
-    settings = {**limit, "checkpointing_steps": 4, "resume_from_checkpoint": "latest"}
-    first = make_trainer(tmp_path, **settings).train()
-    weights = sha256(tmp_path / "run" / "model.safetensors")
-    again = make_trainer(tmp_path, **settings).train()
-    assert (again["steps"], again["minutes"]) == (first["steps"], first["minutes"])
-    assert sha256(tmp_path / "run" / "model.safetensors") == weights
+    settings = {**limit, "checkpointing_steps": 4, "resume_from_checkpoint": "latest", "eval_steps": 2}
+
+    def files():
+        return {path: sha256(path) for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    def scores(student, device):
+        return {"eval_j": 0.5}
+
+    first = make_trainer(tmp_path, evaluate=scores, **settings).train()
+    before = files()
+    assert make_trainer(tmp_path, evaluate=scores, **settings).train() == first
+    # What a run that takes no step was given is not what made it.
+    assert make_trainer(tmp_path, evaluate=scores, **settings, color=0.2, learning_rate=123.0).train() == first
+    assert files() == before
+
+
+def test_a_run_that_ended_while_it_wrote_its_results_writes_them_when_it_is_repeated(tmp_path):
+    first = make_trainer(tmp_path, resume_from_checkpoint="latest").train()
+    path = tmp_path / "run" / "all_results.json"
+    path.write_text(path.read_text()[:20])
+    assert make_trainer(tmp_path, resume_from_checkpoint="latest").train()["sha256"] == first["sha256"]
+    assert json.loads(path.read_text())["steps"] == 6
+
+
+def test_going_back_leaves_later_checkpoints_aside(tmp_path, warnings_of_package):
+    make_trainer(tmp_path, max_train_steps=8, checkpoints_total_limit=0).train()
+    early = str(tmp_path / "run" / "checkpoint-2")
+    for attempt in range(2):
+        other = make_trainer(tmp_path, Interrupted(sampler_of(tmp_path), 5), resume_from_checkpoint=early)
+        with pytest.raises(KeyboardInterrupt):
+            other.train()
+        names = [path.name for path in list_checkpoints(tmp_path / "run")]
+        assert names == ["checkpoint-2", "checkpoint-4"], "`latest` is of the new attempt"
+        assert (tmp_path / "run" / f"abandoned-checkpoint-4{'-2' * attempt}").is_dir()
+    assert "Going back to step 2: what lies beyond it is kept as abandoned-checkpoint-4," in warnings_of_package.text
+
+
+def test_another_runs_checkpoint_does_not_replace_a_run(tmp_path):
+    make_trainer(tmp_path, output_dir=str(tmp_path / "other"), max_train_steps=2).train()
+    weights = sha256(tmp_path / "other" / "model.safetensors")
+    make_trainer(tmp_path, seed=5).train()
+    mine = sha256(tmp_path / "run" / "model.safetensors")
+    foreign = str(tmp_path / "other" / "checkpoint-2")
+    with pytest.raises(ValueError, match="holds an earlier run's checkpoints"):
+        make_trainer(tmp_path, resume_from_checkpoint=foreign).train()
+    assert sha256(tmp_path / "run" / "model.safetensors") == mine
+    fresh = make_trainer(tmp_path, resume_from_checkpoint=foreign, output_dir=str(tmp_path / "fresh")).train()
+    assert fresh["steps"] == 6
+    assert sha256(tmp_path / "other" / "model.safetensors") == weights
+
+
+def test_rates_and_decays_are_those_of_the_settings_after_resuming(tmp_path):
+    make_trainer(tmp_path, max_train_steps=2).train()
+    trainer = make_trainer(
+        tmp_path, resume_from_checkpoint="latest", weight_decay=0.5, backbone_lr_scale=0.9, offset_lr_scale=0.7
+    )
+    trainer.train()
+    groups = {(group["lr_scale"], group["weight_decay"]) for group in trainer.optimizer.param_groups}
+    assert groups == {(scale, decay) for scale in (0.9, 0.7, 1.0) for decay in (0.5, 0.0)}
+    shutil.rmtree(tmp_path / "run")
+    make_trainer(tmp_path, max_train_steps=2).train()
+    with pytest.raises(ValueError, match="other groups of parameters .*`backbone_lr_scale`"):
+        make_trainer(tmp_path, resume_from_checkpoint="latest", backbone_lr_scale=1.0).train()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["trainer_state.json", "training/student.safetensors", "training/average.safetensors", "training/optimizer.pt"],
+)
+def test_a_damaged_checkpoint_is_named(tmp_path, name):
+    make_trainer(tmp_path, max_train_steps=2).train()
+    path = tmp_path / "run" / "checkpoint-2" / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"The checkpoint .*checkpoint-2 cannot be read .*: take it away, and resume"):
+        make_trainer(tmp_path, resume_from_checkpoint="latest").train()
 
 
 def test_a_step_is_saved_once(tmp_path, monkeypatch):
@@ -432,6 +501,7 @@ def test_what_has_changed_since_the_checkpoint_is_named(tmp_path, warnings_of_pa
     assert "color 1.0 -> 0.5, processes 2 -> 1" in warnings_of_package.text
     assert f"The teacher in {teacher} is not the one that this run began with" in warnings_of_package.text
     assert results["teacher"]["sha256"] == "one", "the lineage is that of the beginning"
+    assert _teacher_hash({"teacher": {"weights_sha256": "a release's"}}) == "a release's"
 
 
 def test_results_state_what_was_done(tmp_path):
@@ -498,6 +568,12 @@ def test_tracking_writes_tensorboard_files(tmp_path):
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
 
 
+def test_tracking_needs_tensorboard(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_deformvos.training.trainer.is_tensorboard_available", lambda: False)
+    with pytest.raises(ValueError, match="`with_tracking` needs the package tensorboard"):
+        make_trainer(tmp_path, with_tracking=True)
+
+
 @pytest.mark.parametrize("mixed_precision", ["no", "fp16"])
 def test_a_run_whose_gradients_are_never_finite_ends(tmp_path, mixed_precision):
     trainer = make_trainer(tmp_path)
@@ -520,11 +596,28 @@ def test_steps_without_a_finite_gradient_are_skipped(tmp_path):
     trainer.train()
     assert torch.equal(trainer.student.backbone.weight, before)
     assert trainer.average.updates == 0
+    assert {line["loss"] for line in trainer.log.lines()} == {None}, "JSON knows no NaN"
     endless = make_trainer(tmp_path, output_dir=str(tmp_path / "endless"), max_train_steps=50)
     with torch.no_grad():
         endless.student.head.bias.fill_(float("nan"))
     with pytest.raises(TrainingDiverged, match=r"20 steps in a row .* Lower `learning_rate`"):
         endless.train()
+
+
+def test_a_skipped_step_is_not_in_the_means(tmp_path):
+    trainer = make_trainer(tmp_path, logging_steps=3, checkpointing_steps=0)
+    apply = trainer._apply
+
+    def with_one_bad_norm(norm):
+        if trainer.step == 1:
+            norm.fill_(float("inf"))
+        apply(norm)
+
+    trainer._apply = with_one_bad_norm
+    trainer.train()
+    assert all(line["grad_norm"] > 0 for line in trainer.log.lines())
+    strict = (tmp_path / "run" / "all_results.json").read_text()
+    json.loads(strict, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
 # ---- accumulation and teachers --------------------------------------------------------------------------------------
@@ -594,6 +687,14 @@ def test_supervision_from_a_teacher_needs_one(tmp_path):
         make_trainer(tmp_path, supervision="pseudo")
     with pytest.raises(ValueError, match="`max_train_steps` or `max_train_minutes`, got neither"):
         make_trainer(tmp_path, max_train_steps=None)
+    with pytest.raises(ValueError, match=r"`kl_weight` 0.5 weighs what a teacher says: give `teacher`"):
+        make_trainer(tmp_path, kl_weight=0.5)
+
+
+def test_steps_alone_may_end_a_run_whose_recipe_has_minutes(tmp_path):
+    trainer = make_trainer(tmp_path, max_train_minutes=0.0, checkpointing_steps=0)
+    assert trainer.progress_at(3, elapsed=1e9) == 0.5
+    assert trainer.train()["steps"] == 6
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -748,6 +849,14 @@ MISTAKES = {
         "`own_masks_from` must not lie behind `own_masks_until`, got 0.9 and 0.1",
     ),
     "unknown maps": (["--att_maps", "self", "cross"], "some of long_term, short_term, self, got ["),
+    "parts of nothing": (["--init_except", "offset"], "`init_except` ['offset'] does nothing without `init_from`"),
+    "freeze what": (["--freeze_until", "0.5"], "`freeze_until` 0.5 does nothing without `freeze`"),
+    "stream of folders": (["--dataset_streaming"], "`dataset_streaming` True does nothing without `dataset_names`"),
+    "name without a push": (["--hub_model_id", "a/b"], "`hub_model_id` 'a/b' does nothing without `push_to_hub`"),
+    "student is cut": (
+        ["--student", "{tmp}/cut", "--static_dirs", "{tmp}/sets", "--max_train_steps", "1"],
+        "cut' has weights that cannot be read",
+    ),
     "push without a name": (["--push_to_hub"], "`push_to_hub` needs `hub_model_id`"),
     "bad student": (["--student", "{tmp}/student.json", "--static_dirs", "{tmp}/sets"], "hidden_size"),
     "student is no JSON": (
@@ -788,6 +897,10 @@ def test_mistakes_end_with_one_line_and_exit_code_2(tmp_path, capsys, mistake):
         (tmp_path / name).write_text(text)
     if mistake == "two sources of a backbone":
         DeformVosModel(DeformVosConfig()).save_pretrained(tmp_path / "model")
+    if mistake == "student is cut":
+        DeformVosModel(DeformVosConfig(**TINY_CONFIG)).save_pretrained(tmp_path / "cut")
+        weights = tmp_path / "cut" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
     flags, message = MISTAKES[mistake]
     flags = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
     common = ["--output_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "c"), "--mixed_precision", "no"]

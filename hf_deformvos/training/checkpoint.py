@@ -4,19 +4,66 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
 
 STATE_FILE = "trainer_state.json"
+_STUDENT, _AVERAGE, _OPTIMIZER = "student.safetensors", "average.safetensors", "optimizer.pt"
 _WRITING = ".writing-"
 _PATTERN = re.compile(r"checkpoint-(\d+)")
+
+
+class Tensors(NamedTuple):
+    """
+    What training goes on from, beside the plain values of its state.
+
+    Attributes:
+        student, average (`dict[str, torch.Tensor]`): Weights, and their moving average.
+        optimizer (`dict`): The states of the optimizer and, where there is one, of the gradient scaler.
+    """
+
+    student: dict[str, torch.Tensor]
+    average: dict[str, torch.Tensor]
+    optimizer: dict
+
+    def save(self, checkpoint: Path) -> None:
+        """Writes them into a checkpoint's folder."""
+        folder = checkpoint / "training"
+        folder.mkdir()
+        for name, weights in ((_STUDENT, self.student), (_AVERAGE, self.average)):
+            save_file({key: value.contiguous() for key, value in weights.items()}, folder / name)
+        torch.save(self.optimizer, folder / _OPTIMIZER)
+
+
+def read_checkpoint(path: Path) -> tuple[dict, Tensors]:
+    """
+    Reads a checkpoint: its state and its tensors.
+
+    Raises:
+        ValueError: If a file is missing or damaged.
+    """
+    folder = path / "training"
+    try:
+        state = json.loads((path / STATE_FILE).read_text())
+        optimizer = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
+        return state, Tensors(load_file(folder / _STUDENT), load_file(folder / _AVERAGE), optimizer)
+    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"The checkpoint {path} cannot be read ({error}): take it away, and resume from an earlier one."
+        ) from error
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -76,6 +123,26 @@ def _flush(path: Path) -> None:
     """Makes sure that a file is on the disk before its folder is renamed."""
     with open(path, "rb") as handle:
         os.fsync(handle.fileno())
+
+
+def set_later_aside(output_dir: str | Path, step: int) -> list[Path]:
+    """
+    Renames the checkpoints beyond the step that a run goes back to, since `latest` must not return to them.
+
+    Returns:
+        `list[Path]`: their new places, `abandoned-checkpoint-<step>`, with a number where there is one already.
+    """
+    moved = []
+    for path in list_checkpoints(output_dir):
+        if int(path.name.rpartition("-")[2]) <= step:
+            continue
+        place = path.with_name(f"abandoned-{path.name}")
+        for number in count(2):
+            if not place.exists():
+                break
+            place = path.with_name(f"abandoned-{path.name}-{number}")
+        moved.append(path.rename(place))
+    return moved
 
 
 def find_checkpoint(output_dir: str | Path, which: str) -> Path | None:

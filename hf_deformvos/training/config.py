@@ -144,7 +144,7 @@ _SHARES = (
     "bootstrap_warm_up",
     "warm_up",
 )
-_POSITIVE = ("bootstrap_share", "learning_rate", "max_grad_norm", "max_train_minutes", "temperature")
+_POSITIVE = ("bootstrap_share", "learning_rate", "max_grad_norm", "temperature")
 _LOWEST = {
     0: (
         *DISTILLATION_WEIGHTS,
@@ -157,6 +157,7 @@ _LOWEST = {
         "data_workers",
         "eval_steps",
         "jaccard_weight",
+        "max_train_minutes",
         "motion",
         "offset_lr_scale",
         "poly_power",
@@ -301,7 +302,9 @@ class TrainingConfig:
     cka_unbiased: bool = _help(False, "Use the unbiased estimator of CKA.")
 
     max_train_steps: int | None = _help(None, "Optimizer steps of the whole run.")
-    max_train_minutes: float | None = _help(None, "Minutes of training of the whole run, resumed parts included.")
+    max_train_minutes: float | None = _help(
+        None, "Minutes of training of the whole run, resumed parts included; 0 lets the steps alone decide."
+    )
     learning_rate: float = _help(1e-3, "Peak learning rate.")
     backbone_lr_scale: float = _help(0.1, "Factor on the learning rate of the backbone.")
     offset_lr_scale: float = _help(0.3, "Factor on the learning rate of parameters with `offset` in their names.")
@@ -380,6 +383,18 @@ class TrainingConfig:
             )
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("`push_to_hub` needs `hub_model_id`, the repository to upload to.")
+        for name, needed, is_idle in (
+            ("init_except", "init_from", self.init_except and not self.init_from),
+            ("freeze_until", "freeze", self.freeze_until < 1 and not self.freeze),
+            ("dataset_streaming", "dataset_names", self.dataset_streaming and not self.dataset_names),
+            ("dataset_max_sequences", "dataset_names", self.dataset_max_sequences and not self.dataset_names),
+            ("hub_model_id", "push_to_hub", self.hub_model_id and not self.push_to_hub),
+        ):
+            if is_idle:
+                raise ValueError(
+                    f"`{name}` {getattr(self, name)!r} does nothing without `{needed}`: give that as well, or leave "
+                    "it out."
+                )
 
     def _check_ranges(self) -> None:
         """Settings that are numbers."""
@@ -440,6 +455,12 @@ class TrainingConfig:
                 f"`supervision` {self.supervision!r} needs a teacher to make pseudo-labels; give `teacher`, or use "
                 "supervision labels."
             )
+        # The other weights have defaults, which are for whoever gives a teacher.
+        for name in ("kl_weight", "representation_weight"):
+            if getattr(self, name) and teacher is None:
+                raise ValueError(
+                    f"`{name}` {getattr(self, name)} weighs what a teacher says: give `teacher`, or leave it out."
+                )
 
     def stage_at(self, progress: float) -> Stage:
         """The stage that a progress in [0, 1] falls into."""

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import AutoModel, AutoProcessor
 from transformers.utils import logging
 
@@ -27,7 +28,12 @@ _CONFIG_EXTRAS = {"auto_map", "custom_pipelines", "torch_dtype"}
 
 def _load_model(source: str, setting: str) -> DeformVosModel:
     """A saved model in float32; a `ValueError` where it is of another kind."""
-    model = AutoModel.from_pretrained(source, dtype="float32")
+    try:
+        model = AutoModel.from_pretrained(source, dtype="float32")
+    except SafetensorError as error:
+        raise ValueError(
+            f"`{setting}` {source!r} has weights that cannot be read ({error}): copy or download them again."
+        ) from error
     if not isinstance(model, DeformVosModel):
         raise ValueError(f"`{setting}` must be a DeformVOS model, got {source!r}, a {type(model).__name__}.")
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from .config import TrainingConfig
@@ -45,6 +46,25 @@ def learning_rate_factor(progress: float, step: int, warm_up: float, power: floa
     # The very first steps of a run that is driven by time or has many steps would otherwise do nothing.
     rise = max(rise, min(_LEAST_RISE, (step + 1) * 1e-3))
     return rise * (1.0 - min(1.0, progress)) ** power
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """
+    Takes over an optimizer's saved state, but not the factors and decays of its groups: the run's settings say those.
+
+    Raises:
+        ValueError: If the state is one of other groups of parameters.
+    """
+    own = [{name: group[name] for name in ("lr_scale", "weight_decay")} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError as error:
+        raise ValueError(
+            f"The saved optimizer is one of other groups of parameters ({error}): `freeze`, `freeze_until`, "
+            "`weight_decay`, `backbone_lr_scale` and `offset_lr_scale` must part them as they did."
+        ) from error
+    for group, options in zip(optimizer.param_groups, own, strict=True):
+        group.update(options)
 
 
 class FreezeSchedule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -49,7 +50,8 @@ class RunLog:
         with open(self.path, "a") as handle:
             handle.write(json.dumps(line) + "\n")
         if self._with_tracking:
-            self._accelerator.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
+            figures = {name: value for name, value in line.items() if name != "step" and value is not None}
+            self._accelerator.log(figures, step=line["step"])
 
     def draw(self, step: int, strips: dict[str, np.ndarray]) -> None:
         """Writes pictures `(height, width, 3)`, uint8, by sequence, to `overlays/step-<step>/`."""
@@ -71,6 +73,11 @@ class RunLog:
         """Ends the TensorBoard files."""
         if self._with_tracking:
             self._accelerator.end_training()
+
+
+def without_nonfinite(line: dict) -> dict:
+    """A line as JSON knows it, which has no NaN and no infinity: null stands for them."""
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in line.items()}
 
 
 def _step_of(line: str) -> float:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import broadcast
-from safetensors.torch import load_file, save_file
+from accelerate.utils import broadcast, broadcast_object_list, gather, is_tensorboard_available
+from safetensors.torch import save_file
 from torch import nn
 from transformers.utils import logging
 
@@ -27,13 +27,13 @@ from ..data.transforms import augment_clips
 from ..inference import describe_device
 from ..publishing.hub import Target
 from .batches import DrawnBatch, WorkerProcesses
-from .checkpoint import STATE_FILE, find_checkpoint, list_checkpoints, write_checkpoint
+from .checkpoint import Tensors, find_checkpoint, list_checkpoints, read_checkpoint, set_later_aside, write_checkpoint
 from .config import Stage, TrainingConfig
 from .ema import WeightAverage
 from .lineage import lineage, total_clips
 from .losses import bootstrap_share
-from .optimization import FreezeSchedule, learning_rate_factor, parameter_groups
-from .runlog import RunLog
+from .optimization import FreezeSchedule, learning_rate_factor, load_optimizer, parameter_groups
+from .runlog import RunLog, without_nonfinite
 from .stopwatch import Stopwatch
 from .task import SegmentationTask, StepPlan, step_generator
 
@@ -198,8 +198,12 @@ class Trainer:
         if self._origins is None:
             # Now, not at the end: by then another model may lie in the folder of the one that this run started from.
             self._origins = lineage(config)
-        # Before a first step of a quick process can write a checkpoint that a slow one would take for another run's.
-        self.accelerator.wait_for_everyone()
+        # Also before a first step of a quick process can write a checkpoint that a slow one would take for another's.
+        self._check_that_all_begin_alike()
+        finished = self._finished_results()
+        if finished is not None:
+            return finished
+        self._set_later_checkpoints_aside()
         self.log.start(self.step, config.to_dict())
         batches = self._batches()
         self.task.train()
@@ -209,6 +213,43 @@ class Trainer:
         finally:
             batches.close()
         return self._finish()
+
+    def _check_that_all_begin_alike(self) -> None:
+        """A checkpoint that only some processes find would make them train different models as one."""
+        steps = gather(torch.tensor([self.step], device=self.accelerator.device)).tolist()
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"All processes must begin at the same step, got {steps}: `output_dir` must be on a disk that all "
+                "machines share, or the checkpoint be copied to each."
+            )
+
+    def _finished_results(self) -> dict | None:
+        """The results of the run, where it was over before it was resumed; its files stay as they are."""
+        found = None
+        is_over = self.step > 0 and self.progress_at(self.step, self.elapsed) >= 1.0
+        if is_over and (self.output_dir / "model.safetensors").is_file():
+            try:
+                found = json.loads((self.output_dir / RESULTS_FILE).read_text())
+            except (OSError, ValueError):  # it ended before they were written
+                pass
+        # Of several machines the first may be the only one that has them.
+        (found,) = broadcast_object_list([found if found and found.get("steps") == self.step else None])
+        if found is not None:
+            logger.info(
+                f"{self.output_dir} holds this run, which is over after {self.step} steps; nothing is changed."
+            )
+            if self.config.push_to_hub and self.accelerator.is_main_process:
+                self._push()
+        return found
+
+    def _set_later_checkpoints_aside(self) -> None:
+        """A run that goes back to an earlier checkpoint leaves the later ones, and `latest` must not find them."""
+        if self.accelerator.is_main_process:
+            moved = set_later_aside(self.output_dir, self.step)
+            if moved:
+                places = ", ".join(path.name for path in moved)
+                logger.warning(f"Going back to step {self.step}: what lies beyond it is kept as {places}.")
+        self.accelerator.wait_for_everyone()
 
     def _refuse_to_overwrite(self) -> None:
         """An earlier run is not lost to a repeated command; one that keeps no checkpoints may be repeated."""
@@ -369,7 +410,7 @@ class Trainer:
             "elapsed": self.elapsed,
         }
         self._history.clear()
-        self._last_line = line
+        self._last_line = without_nonfinite(line)
         if not self.accelerator.is_main_process:
             return
         done = line["progress"]
@@ -380,7 +421,7 @@ class Trainer:
             f"step {self.step} ({done:.1%}) {losses} grad {line['grad_norm']:.2f} lr {line['lr']:.2e} "
             f"{line['clips_per_second']:.2f} clips/s [{shares}] eta {remaining * (1 - done) / 60:.1f} min"
         )
-        self.log.write(line)
+        self.log.write(self._last_line)
 
     def _run_evaluation(self) -> None:
         """Scores the averaged weights and keeps the best."""
@@ -424,15 +465,10 @@ class Trainer:
 
             def write(folder: Path) -> None:
                 self.save_release(folder)
-                state = folder / "training"
-                state.mkdir()
-                student = {name: value.contiguous() for name, value in self.student.state_dict().items()}
-                save_file(student, state / "student.safetensors")
-                save_file({n: v.contiguous() for n, v in self.average.weights.items()}, state / "average.safetensors")
                 optimizer = {"optimizer": self.optimizer.state_dict()}
                 if self.accelerator.scaler is not None:
                     optimizer["scaler"] = self.accelerator.scaler.state_dict()
-                torch.save(optimizer, state / "optimizer.pt")
+                Tensors(self.student.state_dict(), self.average.weights, optimizer).save(folder)
 
             state = {
                 "step": self.step,
@@ -457,25 +493,26 @@ class Trainer:
             self._refuse_to_overwrite()
             logger.warning(f"No checkpoint in {self.output_dir}; training starts afresh.")
             return
-        state = json.loads((path / STATE_FILE).read_text())
+        if path.parent.resolve() != self.output_dir.resolve():
+            self._refuse_to_overwrite()
+        state, tensors = read_checkpoint(path)
         self._warn_of_changes(state["config"], state.get("processes"))
         try:
-            self.student.load_state_dict(load_file(path / "training" / "student.safetensors"))
+            self.student.load_state_dict(tensors.student)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{path} was written by a run with another student: {reason}") from error
-        self.average.load(load_file(path / "training" / "average.safetensors"), state["average_updates"])
-        saved = torch.load(path / "training" / "optimizer.pt", map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(saved["optimizer"])
-        if self.accelerator.scaler is not None and "scaler" in saved:
-            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        self.average.load(tensors.average, state["average_updates"])
+        load_optimizer(self.optimizer, tensors.optimizer["optimizer"])
+        if self.accelerator.scaler is not None and "scaler" in tensors.optimizer:
+            self.accelerator.scaler.load_state_dict(tensors.optimizer["scaler"])
         self.step, self.elapsed, self.clips = state["step"], state["elapsed"], state["clips"]
         self.best = -math.inf if state["best"] is None else state["best"]
         self._origins = state.get("origins")
         if self._origins is not None and _teacher_hash(self._origins) != _teacher_hash(lineage(self.config)):
             logger.warning(f"The teacher in {self.config.teacher} is not the one that this run began with.")
         self._resumed_at, self._resumed_progress = self.elapsed, self.progress_at(self.step, self.elapsed)
-        self._saved_step = self.step if path.parent == self.output_dir else None
+        self._saved_step = self.step if path.parent.resolve() == self.output_dir.resolve() else None
         logger.info(f"Resumed from {path} at step {self.step}, {self.elapsed / 60:.1f} minutes.")
 
     def _warn_of_changes(self, before: dict, processes: int | None) -> None:
@@ -537,17 +574,21 @@ class Trainer:
 
 
 def _mean(history: list[dict], name: str) -> float:
-    """The mean of one of the figures of some steps."""
-    return sum(float(record[name]) for record in history) / len(history)
+    """The mean of one of the figures of some steps, without those that were skipped for not being finite."""
+    values = [value for record in history if math.isfinite(value := float(record[name]))]
+    return sum(values) / len(values) if values else math.nan
 
 
 def _teacher_hash(origins: dict) -> str | None:
-    """What stands for the teacher's weights, where its record tells."""
-    return origins.get("teacher", {}).get("sha256")
+    """What stands for the teacher's weights, where its record, a release's or a run's, tells."""
+    teacher = origins.get("teacher", {})
+    return teacher.get("weights_sha256", teacher.get("sha256"))
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """The accelerator of a run: precision, tracking, and data parallelism that tolerates unused parameters."""
+    if config.with_tracking and not is_tensorboard_available():
+        raise ValueError("`with_tracking` needs the package tensorboard: pip install tensorboard, or leave it out.")
     return Accelerator(
         # Without it, several processes on a machine without a GPU would each take itself for the only one.
         cpu=not torch.accelerator.is_available(),

@@ -418,7 +418,7 @@ def test_rates_and_decays_are_those_of_the_settings_after_resuming(tmp_path):
     assert groups == {(scale, decay) for scale in (0.9, 0.7, 1.0) for decay in (0.5, 0.0)}
     shutil.rmtree(tmp_path / "run")
     make_trainer(tmp_path, max_train_steps=2).train()
-    with pytest.raises(ValueError, match="other groups of parameters .*`backbone_lr_scale`"):
+    with pytest.raises(ValueError, match=r"other groups of parameters .*`backbone_lr_scale`"):
         make_trainer(tmp_path, resume_from_checkpoint="latest", backbone_lr_scale=1.0).train()
 
 

@@ -7,7 +7,6 @@ The Space: mark an object in one frame of a video in the browser, and watch it b
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import signal
 import threading
@@ -19,11 +18,11 @@ import page
 from following import DIRECTIONS, QUALITIES, Models, available_models
 from gradio.utils import get_upload_folder
 from steps import EXAMPLE_MASK, EXAMPLE_VIDEO, Editing, Steps, brush
-from workspace import LIMITS, Workspaces, new_root
+from workspace import LIMITS, Workspaces, new_root, whole_number
 
 
 # Runs at once; each takes the whole processor.
-CONCURRENCY = int(os.environ.get("DEFORMVOS_CONCURRENCY", "1"))
+CONCURRENCY = whole_number("DEFORMVOS_CONCURRENCY", 1)
 _DIRECTIONS = [
     ("To the end and to the beginning", "both"),
     ("To the end", "forwards"),

@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import metadata_load
 from workspace import DemoError, Workspace
 
-from hf_deformvos.adaptation import Adaptation
+from hf_deformvos.adaptation import Adaptation, AdaptationConfig, at_followed_size
 from hf_deformvos.inference import (
     PRESETS,
     fastest_dtype,
@@ -243,7 +243,7 @@ def follow(
         try:
             model, processor = models.get(model_name)
             if QUALITIES[quality].adapts:
-                model = yield from _adapt(workspace, models.checkpoint(model_name), run)
+                model = yield from _adapt(workspace, models.checkpoint(model_name), processor, run)
             follower = _Follower(workspace, shape, model, processor, QUALITIES[quality].short_side)
             with _worker(run.write) as worker, closing(_through(passes, follower)) as results:
                 reported = time.perf_counter()
@@ -289,17 +289,23 @@ def _marked(workspace: Workspace, frame_idx: int) -> np.ndarray:
     return np.empty(0, dtype=np.uint8) if ids is None else ids[ids > 0]
 
 
-def _adapt(workspace: Workspace, checkpoint, run: _Run) -> Generator[Progress, None, object]:
+def _adapt(workspace: Workspace, checkpoint, processor, run: _Run) -> Generator[Progress, None, object]:
     """Reports while a copy of a model learns what is marked, and returns it; a stop ends that early."""
     marked = [frame_idx for frame_idx in workspace.marks if len(_marked(workspace, frame_idx))]
     images = [workspace.frames[frame_idx] for frame_idx in marked]
-    adaptation = Adaptation(checkpoint, images, [workspace.marks[frame_idx] for frame_idx in marked])
-    while adaptation.done < adaptation.total:
-        yield replace(run.report(), learned=adaptation.done / adaptation.total)
-        if workspace.should_stop:
-            break
-        adaptation.step()
-        workspace.touch()
+    masks = [workspace.marks[frame_idx] for frame_idx in marked]
+    try:
+        adaptation = Adaptation(checkpoint, images, masks, at_followed_size(AdaptationConfig(), processor))
+        while adaptation.done < adaptation.total:
+            yield replace(run.report(), learned=adaptation.done / adaptation.total)
+            if workspace.should_stop:
+                break
+            adaptation.step()
+            workspace.touch()
+    except ValueError as error:
+        raise DemoError(
+            "What is marked cannot be learned: it is too small, or learning failed. Choose the quality Standard."
+        ) from error
     return prepare_for_inference(adaptation.result(), native_dtype())
 
 
@@ -333,7 +339,7 @@ class _Run:
 
     def write(self, frame_idx: int, id_map: np.ndarray):
         """In the worker's thread: keeps one result."""
-        self.workspace.write_mask(frame_idx, id_map)
+        self.workspace.write_mask(frame_idx, id_map, is_found=True)
         now = time.perf_counter()
         self._times.append(now)
         while len(self._times) > 2 and now - self._times[0] > _SPEED_WINDOW:

@@ -169,7 +169,7 @@ class Steps:
         return {**self.hide_steps(), self.ui.video: None, self.ui.video_status: page.alert(why)}
 
     def _open(self, path: Path, mask: Path | None, editing: Editing, request: gr.Request) -> Iterator[dict]:
-        ui, kept = self.ui, ""
+        ui, kept, workspace = self.ui, "", None
         editing.has_news = False
         try:
             workspace = self._workspace(request)
@@ -193,7 +193,9 @@ class Steps:
                 editing.names = list(EXAMPLE_NAMES)
             self._name_objects(workspace, editing)
         except DemoError as error:
-            yield {**self._without_preview(mask), ui.video_status: page.alert(str(error) + kept)}
+            # The visitor may have taken the video away while it was read, and knows.
+            gone = workspace is not None and workspace.is_closed and not editing.has_video
+            yield {**self._without_preview(mask), ui.video_status: "" if gone else page.alert(str(error) + kept)}
         except Exception:
             logger.exception("A video could not be opened.")
             yield {**self._without_preview(mask), ui.video_status: page.alert(page.UNEXPECTED + kept)}

@@ -23,6 +23,7 @@ import av
 import cv2
 import numpy as np
 
+from hf_deformvos.masks_deformvos import overrule
 from hf_deformvos.video import (
     VideoError,
     VideoReader,
@@ -130,6 +131,19 @@ class Limits:
 
 
 LIMITS = Limits.from_environment()
+
+
+def whole_number(name: str, default: int, environment: Mapping[str, str] = os.environ) -> int:
+    """
+    A setting from the environment.
+
+    Raises:
+        ValueError: if it is no whole number of at least 1.
+    """
+    text = environment.get(name, "").strip() or str(default)
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"The environment variable {name} must be a whole number of at least 1, got {text!r}.")
+    return int(text)
 
 
 @dataclass(frozen=True)
@@ -546,12 +560,26 @@ class Workspace:
 
     # Masks: what following gives
 
-    def write_mask(self, frame_idx: int, id_map: np.ndarray):
-        """Keep a frame's result, `(height, width)` of ids; `DemoError` if it does not fit or the disk is full."""
+    def write_mask(self, frame_idx: int, id_map: np.ndarray, is_found: bool = False):
+        """
+        Keep a frame's result.
+
+        Args:
+            frame_idx (`int`): the frame.
+            id_map (`np.ndarray` of shape `(height, width)`, integer): 0 is background.
+            is_found (`bool`, defaults to `False`):
+                Whether a model found it. What was marked on the frame meanwhile is more to be believed.
+
+        Raises:
+            DemoError: if it does not fit or the disk is full.
+        """
         video = self._need_frame(frame_idx)
         ids = self._checked(id_map)
         # A correction may come while a run writes the same frame.
         with self._writing, on_disk():
+            given = self.marks.get(frame_idx) if is_found else None
+            if given is not None:
+                ids = given if self.is_whole(frame_idx) else overrule(ids, given)
             write_palette_png(video.masks_folder / mask_file_name(frame_idx), ids)
             areas = np.bincount(ids.ravel(), minlength=video.areas.shape[1])
             for obj_id in np.flatnonzero(areas[1:]) + 1:
@@ -583,18 +611,6 @@ class Workspace:
     def num_done(self) -> int:
         """How many frames have a result."""
         return len(self.done)
-
-    def clear_results(self):
-        """Forget all results; marks stay."""
-        with self.busy("clearing"):
-            if self._video is None:
-                return
-            self._video.areas[:] = 0
-            self._video.areas[:, 0] = -1
-            for folder in (self._video.masks_folder, self._video.found_folder):
-                for file in folder.glob("*.png"):
-                    file.unlink(missing_ok=True)
-            self.version += 1
 
     @property
     def object_ids(self) -> list[int]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils.sha import sha_fileobj
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.utils import cached_file
 
@@ -196,8 +197,8 @@ def load_checkpoint(name: str, device: str | None = None, overrides: dict | None
         overrides (`dict`, *optional*): values for fields of the model's configuration.
 
     Raises:
-        ValueError: if the checkpoint is no DeformVOS model, lacks weights or is an exported one, or an override names
-            no field, or the precision.
+        ValueError: if the checkpoint is no DeformVOS model, is damaged, lacks weights or is an exported one, or an
+            override names no field, or the precision.
         OSError: if there is no such model.
     """
     _check_name(name)
@@ -218,6 +219,11 @@ def load_checkpoint(name: str, device: str | None = None, overrides: dict | None
         model, report = AutoModel.from_pretrained(name, **options, **(overrides or {}))
     except StrictDataclassError as error:
         raise ValueError(f"The configuration of {name} does not take {overrides or 'its values'}: {error}") from error
+    except SafetensorError as error:
+        raise ValueError(
+            f"The weights of {name} are damaged, or no safetensors file ({error}): copy or download them again; a "
+            "clone of a Git repository may need `git lfs pull`."
+        ) from error
     if not isinstance(model, DeformVosModel):
         raise ValueError(f"{name} holds a {type(model).__name__}; a DeformVosModel is needed.")
     missing = sorted(report["missing_keys"]) + sorted(name for name, *_ in report["mismatched_keys"])

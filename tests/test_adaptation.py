@@ -14,11 +14,17 @@ from PIL import Image
 from synthetic import COLOURS, draw_scene, write_davis
 
 from hf_deformvos import DeformVosConfig, DeformVosImageProcessor, DeformVosModel, DeformVosProcessor
-from hf_deformvos.adaptation import Adaptation, AdaptationConfig, GivenFrames, adapt, fill_objects
+from hf_deformvos.adaptation import (
+    Adaptation,
+    AdaptationConfig,
+    GivenFrames,
+    adapt,
+    at_followed_size,
+    fill_objects,
+)
 from hf_deformvos.adaptation.adapt import _clip_size, _prepare
 from hf_deformvos.cli import main
 from hf_deformvos.cli.speed import (
-    LEAST_CLIP_SIDE,
     adaptation_config,
     add_adaptation_arguments,
     add_speed_arguments,
@@ -26,6 +32,7 @@ from hf_deformvos.cli.speed import (
 )
 from hf_deformvos.data import ClipSpec
 from hf_deformvos.data.transforms import IMAGENET_MEAN, IMAGENET_STD, recompose
+from hf_deformvos.inference import size_option
 from hf_deformvos.training.task import SegmentationTask, StepPlan, step_generator
 
 
@@ -331,29 +338,26 @@ def test_mistakes_are_named(tiny_model):
         adapt(object(), [image], [ids], SHORT)
 
 
-@pytest.mark.parametrize(("option", "size"), [((), 480), (("--preset", "fast"), 320), (("--short-side", "600"), 600)])
-def test_clips_have_the_size_at_which_frames_are_followed(option, size):
+@pytest.mark.parametrize(
+    ("option", "size"),
+    [((), 96), (("--preset", "fast"), 320), (("--short-side", "600"), 600), (("--short-side", "16"), 65)],
+)
+def test_clips_have_the_size_at_which_frames_are_followed(option, size, tiny_processor):
     parser = argparse.ArgumentParser()
     add_speed_arguments(parser)
     add_adaptation_arguments(parser, "masks")
     arguments = parser.parse_args([*option, "--adapt", "--device", "cpu"])
     resolve_speed(arguments, "model")
-    config = adaptation_config(arguments)
+    config = at_followed_size(
+        adaptation_config(arguments), tiny_processor, size_option(tiny_processor, arguments.short_side)
+    )
     assert config.short_side == size and config.steps == AdaptationConfig.steps
+    assert at_followed_size(AdaptationConfig(short_side=128), tiny_processor).short_side == 128
     assert adaptation_config(parser.parse_args([])) is None
     assert adaptation_config(parser.parse_args(["--adapt-steps", "7"])).steps == 7
     seeds = [adaptation_config(parser.parse_args(["--adapt-seed", str(seed)])).seed for seed in (0, 3)]
     assert seeds == [0, 3]
     assert adaptation_config(parser.parse_args(["--adapt-draws", "4"])).draws == 4
-
-
-def test_clips_of_small_frames_are_as_small_as_clips_may_be():
-    parser = argparse.ArgumentParser()
-    add_speed_arguments(parser)
-    add_adaptation_arguments(parser, "masks")
-    assert adaptation_config(parser.parse_args(["--adapt", "--short-side", "16"])).short_side == LEAST_CLIP_SIDE
-    with pytest.raises(ValueError, match=f"`short_side` must be at least {LEAST_CLIP_SIDE}"):
-        AdaptationConfig(short_side=LEAST_CLIP_SIDE - 1)
 
 
 # --- Commands --------------------------------------------------------------------------------------------------------

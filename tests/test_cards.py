@@ -130,6 +130,12 @@ def test_the_command_of_a_published_score_can_be_followed(student):
     private = {**record, "command": f"deformvos evaluate {words} --threads 2"}
     text = cards.render_card(student, {name: private}, REPO)
     assert f"`deformvos evaluate --model {REPO} --root my-davis --threads 2`" in text and "/data/ann" not in text
+    own = {**record, "command": "deformvos evaluate --model m --dataset-name=/data/ann/own --dataset-split val"}
+    text = cards.render_card(student, {name: own}, REPO)
+    assert f"`deformvos evaluate --model {REPO} --dataset-name own --dataset-split val`" in text
+    assert "own val, by the rules of DAVIS-2016, whole" in text and "/data/ann" not in text and "davisch" not in text
+    (result, *_) = ModelCard(text).data.eval_results
+    assert (result.dataset_type, result.dataset_name) == ("own", "own val, by the rules of DAVIS-2016")
     streamed = {
         **record,
         "dataset": {**record["dataset"], "name": "folder"},

@@ -242,6 +242,36 @@ def test_several_masks_correct_and_add(tmp_path, clip, fake):
     np.testing.assert_array_equal(read_palette_png(tmp_path / "out" / "masks" / "00004.png"), later)
 
 
+@pytest.fixture
+def camera(monkeypatch):
+    """Lets a reader miss frames, as that of a camera does while the network computes."""
+
+    def drop(*indices):
+        original = VideoReader.__iter__
+        monkeypatch.setattr(
+            VideoReader, "__iter__", lambda self: (frame for frame in original(self) if frame.index not in indices)
+        )
+
+    return drop
+
+
+def test_masks_of_frames_that_a_camera_drops_are_taken_on_the_next_one(tmp_path, clip, fake, camera, capsys):
+    video, mask = clip
+    other = np.zeros((HEIGHT, WIDTH), np.uint8)
+    other[30:40, 50:60] = 2
+    write_palette_png(tmp_path / "other.png", other)
+    camera(0, 1, 4)
+    later = ["--mask", tmp_path / "other.png", "--mask-frame", 1, "--mask", tmp_path / "other.png", "--mask-frame", 4]
+    assert run(video, "--mask", mask, "--mask-frame", 0, *later, "--output", tmp_path / "out") == 0
+    results = results_of(tmp_path / "out")
+    assert list(results["frames"][0]["objects"]) == ["1", "2"], "both were due"
+    assert results["object_ids"] == [1, 2]
+    camera(7)
+    assert run(video, "--mask", mask, "--mask-frame", 5, "--output", tmp_path / "few") == 0
+    assert run(video, "--mask", mask, "--mask-frame", 7, "--output", tmp_path / "late") == 2
+    assert "must be below the number of frames read, 4, got 7; no mask was used" in error_of(capsys)
+
+
 def test_folder_of_images(tmp_path, clip, fake):
     folder = tmp_path / "frames"
     folder.mkdir()

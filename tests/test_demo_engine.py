@@ -423,7 +423,6 @@ def test_nothing_can_be_done_without_a_video(space, models, tmp_path):
     assert space.areas() == []
     assert (space.facts, space.num_done, dict(space.marks)) == (None, 0, {})
     space.clear_marks()
-    space.clear_results()
 
 
 def test_layers_round_trip(tiny_clip):
@@ -714,7 +713,8 @@ def short_adaptation(monkeypatch):
     """Learns on small clips for four steps; the models that came of it."""
     made, config = [], AdaptationConfig(steps=4, short_side=65, num_frames=2, batch_size=1)
 
-    def adaptation(model, images, masks):
+    def adaptation(model, images, masks, at_size):
+        assert at_size.short_side == 96, "that of the processor"
         made.append(Adaptation(model, images, masks, config))
         return made[-1]
 
@@ -805,13 +805,43 @@ def test_one_thing_at_a_time(loaded, tiny_clip, models, clip_file, tmp_path):
         lambda: list(follow(loaded, models, "Tiny", "Standard", 0)),
         lambda: list(loaded.import_video(clip_file)),
         lambda: list(write_overlay(loaded, tmp_path / "a.mp4")),
-        loaded.clear_results,
     ):
         with pytest.raises(DemoError, match="still following the objects"):
             second()
     assert list(run)[-1].done == 6  # the first one is not disturbed
-    loaded.clear_results()
-    assert (loaded.num_done, loaded.mask(0)) == (0, None)
+
+
+def test_a_setting_that_is_no_number_is_named():
+    assert ws.whole_number("DEFORMVOS_CONCURRENCY", 1, {}) == 1
+    assert ws.whole_number("DEFORMVOS_CONCURRENCY", 1, {"DEFORMVOS_CONCURRENCY": " 2 "}) == 2
+    for text in ("two", "0", "-1", "1.5"):
+        with pytest.raises(ValueError, match="variable DEFORMVOS_CONCURRENCY must be a whole number of at least 1"):
+            ws.whole_number("DEFORMVOS_CONCURRENCY", 1, {"DEFORMVOS_CONCURRENCY": text})
+
+
+def test_a_correction_of_the_very_frame_that_is_computed_is_kept(loaded, tiny_clip, models, tiny_model):
+    ids = tiny_clip[1]
+    correction = np.where(ids[5] == 2, 0, ids[5])
+    loaded.set_marks(0, ids[0])
+    list(follow(loaded, models, "Tiny", "Standard", 0))
+
+    def correct(module, arguments, keywords, output):
+        if output.frame_idx == 2 and 2 not in loaded.marks:
+            loaded.set_marks(2, correction)
+
+    hook = tiny_model.register_forward_hook(correct, with_kwargs=True)
+    list(follow(loaded, models, "Tiny", "Standard", 0))
+    hook.remove()
+    assert loaded.is_whole(2)
+    assert np.array_equal(loaded.mask(2), correction)
+
+
+def test_marks_that_cannot_be_learned_are_explained(loaded, models, tiny_clip, tiny_model):
+    loaded.set_marks(0, tiny_clip[1][0])
+    with torch.no_grad():
+        tiny_model.decoder.classifier.bias.fill_(float("nan"))
+    with pytest.raises(DemoError, match=r"What is marked cannot be learned: .* Choose the quality Standard"):
+        list(follow(loaded, models, "Tiny", "Adapted", 0))
 
 
 def test_close_while_a_run_goes_on(space, tmp_path, models, tiny_model, monkeypatch):
@@ -937,11 +967,13 @@ def test_two_visitors_at_once(tmp_path, models):
     clips = {"a": long_clip(20), "b": tuple(part[:, ::-1].copy() for part in long_clip(20))}
     alone = {}
     for key, (frames, ids) in clips.items():
-        space = imported(spaces.get(key), write_video(tmp_path / f"{key}.mp4", frames))
+        path = write_video(tmp_path / f"{key}.mp4", frames)
+        space = imported(spaces.get(key), path)
         space.set_marks(0, ids[0])
         list(follow(space, models, "Tiny", "Standard", 0))
         alone[key] = results(space)
-        space.clear_results()
+        imported(space, path).set_marks(0, ids[0])  # anew, without results
+        assert space.num_done == 0
     failures = []
 
     def visit(key):

@@ -114,6 +114,14 @@ def test_a_video_that_is_opened_while_a_run_waits_ends_the_waiting(demo, upload)
     assert is_idle(run(demo, editing))
 
 
+def test_a_video_that_is_taken_away_while_it_is_read_is_no_idle_page(demo, upload):
+    editing = Editing()
+    reading = demo.open_video(upload(count=30), editing, VISITOR)
+    next(reading)
+    demo.close_video(editing, VISITOR)
+    assert [shown["video_status"] for shown in reading if "video_status" in shown][-1] == ""
+
+
 def test_a_run_that_waits_can_be_called_off_and_begun_again(demo, upload):
     editing = opened(demo, upload())
     first = demo.begin(None, editing, VISITOR)["ticket"]

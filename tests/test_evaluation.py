@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from hf_deformvos.cli import as_typed, main
+from hf_deformvos.cli import as_typed, common, main
 from hf_deformvos.cli import evaluate as evaluate_command
 from hf_deformvos.cli import score as score_command
 from hf_deformvos.evaluation import guess_dataset, load_dataset_layout, score_predictions, summarize
@@ -28,7 +29,7 @@ from hf_deformvos.evaluation.layouts import (
     limit_short_side,
     read_ids,
 )
-from hf_deformvos.evaluation.runner import RunnerConfig, evaluate, load_pretrained, peak_memory
+from hf_deformvos.evaluation.runner import RunnerConfig, device_of, evaluate, load_pretrained, peak_memory
 from hf_deformvos.video.writer import write_palette_png
 
 
@@ -395,12 +396,12 @@ def test_youtube_vos_broken_copies_are_named(tmp_path):
         load_dataset_layout("youtubevos2019", root)
 
 
-def test_seen_categories_come_from_the_training_set(tmp_path):
+def test_seen_categories_are_those_of_the_benchmark_whatever_part_of_its_training_set_there_is(tmp_path):
     make_youtube_vos(tmp_path, complete=False)
     (tmp_path / "train").mkdir()
     meta = {"videos": {"x": {"objects": {"1": {"category": "axolotl", "frames": ["00000"]}}}}}
     (tmp_path / "train" / "meta.json").write_text(json.dumps(meta))
-    assert load_dataset_layout("youtubevos2019", tmp_path).seen_categories == {"axolotl"}
+    assert load_dataset_layout("youtubevos2019", tmp_path).seen_categories == YOUTUBE_VOS_SEEN_CATEGORIES
 
 
 def test_short_side_is_limited_to_1_3_times_480():
@@ -635,6 +636,24 @@ def test_real_model_runs_through_the_public_interface(tmp_path, tiny_model, tiny
         load_pretrained(RunnerConfig(str(tmp_path / "model"), overrides={"memory_interval": "abc"}))
 
 
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", None])
+def test_weights_that_did_not_arrive_are_named(tmp_path, tiny_model, content, capsys):
+    tiny_model.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:2000] if content is None else content)
+    data = make_davis(tmp_path / "data", 2017, ["cat"], num_frames=3)
+    words = ["--model", str(tmp_path / "model"), "--dataset", "davis2017", "--root", str(data), "--device", "cpu"]
+    assert main(["evaluate", *words]) == 2
+    assert re.search(r"error: The weights of .*model are damaged, .*`git lfs pull`", capsys.readouterr().err)
+
+
+def test_an_exported_model_runs_and_is_recorded_on_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_deformvos.evaluation.runner.resolve_device", lambda device: torch.device("cuda"))
+    (tmp_path / "deformvos_export.json").write_text("{}")
+    assert device_of(RunnerConfig(str(tmp_path))) == torch.device("cpu")
+    assert device_of(RunnerConfig(str(tmp_path / "model"))) == torch.device("cuda")
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -717,6 +736,41 @@ def test_evaluate_command(tmp_path, command, capsys):
     assert totals["J&F"] == pytest.approx((totals["J"]["mean"] + totals["F"]["mean"]) / 2)
     assert totals["frames_per_second"] > 0 and totals["peak_memory_bytes"] > 0
     assert content["sequences"][0]["timing"]["network_size"] == list(SIZE)
+
+
+@pytest.mark.parametrize("place", ["JPEGImages/480p", "Annotations/480p"])
+def test_masks_never_take_the_places_of_the_data_set(tmp_path, command, place):
+    root = make_davis(tmp_path / "data", 2016, ["cat"], object_ids=(1,))
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    words = ["--dataset", "davis2016", "--root", root, "--device", "cpu", "--save-masks"]
+    with pytest.raises(ValueError, match="`save_masks` must not be where the data set is"):
+        command("evaluate", "--model", tmp_path / "model", *words, root / place)
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+    with pytest.raises(ValueError, match=r"`save_masks` must be a folder .*: Not a directory"):
+        command("evaluate", "--model", tmp_path / "model", *words, root / "ImageSets" / "2016" / "val.txt")
+
+
+def test_scores_are_written_though_nobody_reads_the_table(tmp_path, command, monkeypatch):
+    root = make_davis(tmp_path / "data", 2016, ["cat", "ant"], object_ids=(1,))
+    words = ["--model", tmp_path / "model", "--dataset", "davis2016", "--root", root, "--device", "cpu"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(os.dup(writer), "w") as unread:
+        monkeypatch.setattr("sys.stdout", unread)
+        assert command("evaluate", *words, "--json", tmp_path / "scores.json") == 0
+    assert len(json.loads((tmp_path / "scores.json").read_text())["sequences"]) == 2
+    with open(writer, "w") as unread:
+        monkeypatch.setattr("sys.stdout", unread)
+        with pytest.raises(BrokenPipeError):
+            command("evaluate", *words)
+        common.silence_output()  # what it still holds
+
+
+def test_options_are_not_abbreviated(capsys):
+    """Records and cards look for them by their names."""
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--model", "m", "--dataset", "davis2016", "--root", "r", "--seq", "bear"])
+    assert "unrecognized arguments: --seq bear" in capsys.readouterr().err
 
 
 def test_youtube_vos_submission_has_the_layout_of_the_server(tmp_path, command, capsys):

@@ -521,6 +521,14 @@ def test_passing_faults_do_not_show(davis, hub, monkeypatch, fault, match, optio
     assert all(file.sha256 is None or len(hub.objects[file.sha256]) == file.size for file in files.values())
 
 
+def test_a_set_that_was_asked_for_is_kept_whatever_the_hub_says(tmp_path, davis, hub, capsys):
+    hub.inject("status", r"^POST /api/.*/commit/", status=403)
+    words = ("--repo", REPO, "--output", tmp_path / "kept", "--split", "val", "--license", "cc-by-4.0")
+    assert "(403)" in error_of(capsys, "push-dataset", davis, *words)
+    assert len(list((tmp_path / "kept" / "data").iterdir())) == 1
+    assert "is not empty" in error_of(capsys, "push-dataset", davis, *words, "--dry-run")
+
+
 def test_lasting_faults_are_one_line_and_leave_nothing(davis, hub, monkeypatch, capsys):
     hub.inject("status", r"^POST /api/.*/commit/", status=403)
     assert "(403)" in error_of(capsys, "push-dataset", davis, "--repo", REPO, "--license", "cc-by-4.0")

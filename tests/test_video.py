@@ -381,6 +381,18 @@ def test_camera_streams_once_and_is_never_truncated(tmp_path, monkeypatch):
         list(reader)
 
 
+def test_frames_that_a_camera_drops_do_not_count(tmp_path, monkeypatch):
+    write_h264(tmp_path / "clip.mp4")
+    monkeypatch.setattr(
+        "hf_deformvos.video.reader.camera_target", lambda source, platform: (str(tmp_path / "clip.mp4"), "mp4")
+    )
+    indices = []
+    for frame in VideoReader("camera:0", max_frames=2, num_prefetch=1):
+        indices.append(frame.index)
+        time.sleep(0.3)  # until the decoder is at the end
+    assert len(indices) == 2 and indices[1] > 1
+
+
 # Folders of images
 
 

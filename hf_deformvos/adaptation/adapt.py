@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -29,6 +29,9 @@ _MAX_GRADIENT = 1.0
 _HIGHEST_RATE = 0.1
 # Of what one draw has learned.
 CAUTIOUS_SHARE = 0.75
+_LEAST_SHORT_SIDE = 65
+# Where nobody says at which size frames will be followed: that of the released models.
+_SHORT_SIDE = 480
 # Of one clip: where more are given, each clip draws its own.
 _MAX_OBJECTS = 3
 # Of clips, as a ratio of their sides.
@@ -46,8 +49,8 @@ class AdaptationConfig:
             all that was learned depends less on chance than one draw does (Wortsman et al., Model soups, arXiv
             2203.05482), and takes as many times as long.
         learning_rate (`float`): Peak rate of AdamW.
-        short_side (`int`): Short side of the clips in pixels, rounded to 16k+1: the size at which frames are followed,
-            so that objects look as they will then.
+        short_side (`int`, *optional*): Short side of the clips in pixels, rounded to 16k+1. By default the size at
+            which frames are followed, so that objects look as they will then: see [`at_followed_size`].
         num_frames (`int`): Frames a clip.
         batch_size (`int`): Clips a step.
         recomposed (`float`): Share of the clips whose objects go their own ways, see [`GivenFrames`].
@@ -70,7 +73,7 @@ class AdaptationConfig:
     steps: int = 50
     draws: int = 1
     learning_rate: float = 3e-4
-    short_side: int = 480
+    short_side: int | None = None
     num_frames: int = 4
     batch_size: int = 1
     recomposed: float = 0.5
@@ -84,7 +87,9 @@ class AdaptationConfig:
 
     def __post_init__(self):
         least = {"steps": 1, "draws": 1, "num_frames": 2, "batch_size": 1, "check_frames": 0, "seed": 0}
-        for name, value in {**least, "short_side": 65}.items():
+        if self.short_side is not None:
+            least["short_side"] = _LEAST_SHORT_SIDE
+        for name, value in least.items():
             if as_index(getattr(self, name), name) < value:
                 raise ValueError(f"`{name}` must be at least {value}, got {getattr(self, name)}.")
         for name, most in {"learning_rate": _HIGHEST_RATE, "bootstrap_share": 1.0}.items():
@@ -108,6 +113,21 @@ class AdaptationConfig:
         from .round_trip import adapt_to_video
 
         return adapt_to_video(model, processor, frames, masks, self, size)
+
+
+def at_followed_size(config: AdaptationConfig, processor, size: dict | None = None) -> AdaptationConfig:
+    """
+    The settings with the short side to which a processor brings frames, unless they name one.
+
+    Args:
+        config ([`AdaptationConfig`]): The settings.
+        processor ([`DeformVosProcessor`]): What prepares the frames that will be followed.
+        size (`dict`, *optional*): Its keyword for another size, of [`~hf_deformvos.inference.size_option`].
+    """
+    if config.short_side is not None:
+        return config
+    short_side = dict((size or {}).get("size", processor.image_processor.size))["shortest_edge"]
+    return replace(config, short_side=max(short_side, _LEAST_SHORT_SIDE))
 
 
 class Adaptation:
@@ -134,8 +154,9 @@ class Adaptation:
         self.config, self.done = config or AdaptationConfig(), 0
         config = self.config
         self.total = config.draws * config.steps
-        images, masks = _prepare(images, masks, config.short_side)
-        size, most = _clip_size(masks[0].shape, config.short_side), min(_MAX_OBJECTS, model.config.max_objects)
+        short_side = config.short_side or _SHORT_SIDE
+        images, masks = _prepare(images, masks, short_side)
+        size, most = _clip_size(masks[0].shape, short_side), min(_MAX_OBJECTS, model.config.max_objects)
         spec = ClipSpec(size, config.num_frames, config.batch_size, max_objects=most)
         self._clips_of = partial(GivenFrames, images, masks, spec, config.recomposed, config.leave)
         self._plan = StepPlan(config.own_masks, config.bootstrap_share)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..inference import fastest_dtype, prepare_for_inference
 from ..inference_session_deformvos import as_index
-from .adapt import CAUTIOUS_SHARE, AdaptationConfig, adapt, blended
+from .adapt import CAUTIOUS_SHARE, AdaptationConfig, adapt, at_followed_size, blended
 
 
 # Where the way back begins, as parts of the way there.
@@ -57,7 +57,7 @@ def adapt_to_video(
     Raises:
         ValueError: See [`adapt`]; also if the first frame has no mask, or a mask no frame.
     """
-    config = config or AdaptationConfig()
+    config = at_followed_size(config or AdaptationConfig(), processor, size)
     given = _given_positions(masks)
     try:
         images, id_maps = [frames[position] for position in given], [masks[position] for position in given]

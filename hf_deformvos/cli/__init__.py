@@ -2,18 +2,20 @@
 The command line `deformvos`. Each subcommand is a module with `add_parser(subparsers)`, which ends in
 `parser.set_defaults(run=function)`; the function takes the parsed arguments and returns the exit code.
 
-Exit codes: 0 done, 2 a mistake in what was asked for, 3 done but the input was damaged, 130 interrupted.
+Exit codes: 0 done, 2 a mistake in what was asked for, 3 done but the input was damaged, 130 interrupted, 141 nobody
+reads the output any more.
 """
 
 import argparse
 import os
 import re
 import sys
+from functools import partial
 
 from hf_deformvos import __version__
 
 from . import benchmark, dataset, evaluate, export, publish, score, segment
-from .common import explain
+from .common import explain, silence_output
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,9 +24,12 @@ def build_parser() -> argparse.ArgumentParser:
         prog="deformvos",
         description="Follow objects through video from one mask: segment a video, evaluate or time a model, score "
         "masks, export a model, publish a model or a data set.",
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"deformvos {__version__}")
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    # Records and cards look for options in commands, by their whole names.
+    whole = partial(argparse.ArgumentParser, allow_abbrev=False)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=whole)
     for command in (segment, evaluate, score, benchmark, export, publish, dataset):
         command.add_parser(subparsers)
     for subparser in subparsers.choices.values():
@@ -66,9 +71,8 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output is gone, as after `| head`; the interpreter must not try to flush to it again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        silence_output()  # its reader is gone, as after `| head`
+        return 141
     except (ValueError, OSError, RuntimeError) as error:
         mistake = explain(error)
         if isinstance(mistake, RuntimeError):

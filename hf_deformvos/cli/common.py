@@ -1,6 +1,8 @@
 """What several commands have in common: types of numbers, the data set that they name, tables, advice on errors."""
 
 import argparse
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,17 +34,35 @@ thread_count = at_least(1, 1024)
 
 
 class Table:
-    """Prints rows as they come, and the header before the first: what fails at once shows its error alone."""
+    """
+    Prints rows as they come, and the header before the first: what fails at once shows its error alone.
 
-    def __init__(self, header: str):
+    Args:
+        header (`str`): The first line.
+        is_all (`bool`, *optional*, defaults to `True`):
+            Whether there is no other output. Where files are written as well, work goes on when nobody reads any more.
+    """
+
+    def __init__(self, header: str, is_all: bool = True):
         self._header: str | None = header
+        self._is_all = is_all
 
     def add(self, row: str) -> None:
         """Prints one row."""
-        if self._header is not None:
-            print(self._header)
-            self._header = None
-        print(row, flush=True)
+        try:
+            if self._header is not None:
+                print(self._header)
+                self._header = None
+            print(row, flush=True)
+        except BrokenPipeError:
+            if self._is_all:
+                raise
+            silence_output()
+
+
+def silence_output() -> None:
+    """Turns standard output to nowhere, once its reader is gone: the interpreter must not flush to it again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def add_dataset_arguments(parser: argparse.ArgumentParser, required: bool = True, guessed: bool = False) -> None:
@@ -109,5 +129,6 @@ __all__ = [
     "default_model",
     "explain",
     "load_dataset",
+    "silence_output",
     "thread_count",
 ]

@@ -75,7 +75,7 @@ def parse_size(text: str) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     from ..data import export_davis
-    from ..publishing.dataset import publish_dataset, render_dataset_card
+    from ..publishing.dataset import render_dataset_card
     from ..publishing.hub import Target, require_token
 
     if arguments.repo is None and arguments.output is None:
@@ -86,7 +86,9 @@ def run(arguments: argparse.Namespace) -> int:
         if not arguments.dry_run:
             require_token(target, token)
     title = arguments.title or Path(arguments.folder).resolve().name
-    with _staging(None if arguments.dry_run else arguments.output, arguments.overwrite, arguments.force) as folder:
+    if arguments.output is not None:
+        _check_output(arguments.output, arguments.overwrite, arguments.force)
+    with _staging(None if arguments.dry_run else arguments.output) as folder:
         exported = export_davis(
             arguments.folder,
             folder,
@@ -103,13 +105,25 @@ def run(arguments: argparse.Namespace) -> int:
         print("\n".join(lines))
         if arguments.license is None and arguments.license_note is None:
             print("warning: the card states no terms of use; --license and --license-note do", file=sys.stderr)
-        if target is not None:
-            text = "\n".join(lines)
-            result = publish_dataset(folder, target, text, token, arguments.force, arguments.dry_run)
-            report(result, arguments.dry_run)
+        is_temporary = arguments.dry_run or arguments.output is None
+        if target is not None and is_temporary:
+            _publish(folder, target, lines, token, arguments)
     if arguments.output is not None:
         print(f"dry run: {arguments.output} was not written" if arguments.dry_run else f"wrote {arguments.output}")
+    # Whatever the Hub says, a set that was asked for is kept.
+    if target is not None and not is_temporary:
+        _publish(arguments.output, target, lines, token, arguments)
     return 0
+
+
+def _publish(folder: Path, target, lines: list[str], token: str | None, arguments: argparse.Namespace) -> None:
+    """Publishes the data set in a folder, and says what was done."""
+    from ..publishing.dataset import publish_dataset
+
+    report(
+        publish_dataset(folder, target, "\n".join(lines), token, arguments.force, arguments.dry_run),
+        arguments.dry_run,
+    )
 
 
 def _describe(split: str, counts) -> str:
@@ -121,13 +135,12 @@ def _describe(split: str, counts) -> str:
 
 
 @contextmanager
-def _staging(output: Path | None, overwrite: bool, force: bool) -> Iterator[Path]:
+def _staging(output: Path | None) -> Iterator[Path]:
     """A folder to write to, which becomes `output` when all has gone well."""
     if output is None:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
         return
-    _check_output(output, overwrite, force)
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:

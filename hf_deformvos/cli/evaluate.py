@@ -118,6 +118,11 @@ def run(arguments: argparse.Namespace) -> int:
         result = _evaluate_hub_dataset(arguments, config)
     else:
         result = _evaluate_folder(arguments, config)
+    if arguments.json:
+        from ..evaluation.report import run_as_dict
+
+        write_json(arguments.json, run_as_dict(result, ["deformvos", *sys.argv[1:]]))
+        print(f"wrote {arguments.json}")
     dataset = result.dataset
     if config.save_masks and dataset.name.startswith("youtubevos"):
         from ..evaluation.youtube_vos import write_submission
@@ -125,11 +130,6 @@ def run(arguments: argparse.Namespace) -> int:
         submission = Path(config.save_masks, "submission.zip")
         count = write_submission(config.save_masks, dataset, submission)
         print(f"{submission}: {count} masks of {len(dataset.sequences)} videos for the evaluation server")
-    if arguments.json:
-        from ..evaluation.report import run_as_dict
-
-        write_json(arguments.json, run_as_dict(result, ["deformvos", *sys.argv[1:]]))
-        print(f"wrote {arguments.json}")
     return 0
 
 
@@ -152,7 +152,7 @@ def _evaluate_folder(arguments: argparse.Namespace, config):
         raise ValueError("--dataset-streaming belongs to --dataset-name: the folder of --root is read as it is.")
     dataset = load_dataset(arguments, all_frames=arguments.all_frames)
     sequences = {sequence.name: sequence for sequence in dataset.sequences}
-    table = Table(report.table_header())
+    table = Table(report.table_header(), is_all=not (arguments.json or arguments.save_masks))
 
     def add_row(result) -> None:
         sequence = sequences[result.score.name]
@@ -183,7 +183,7 @@ def _evaluate_hub_dataset(arguments: argparse.Namespace, config):
             f"--split belongs to folders, got {arguments.split!r} with --dataset-name; give a data set's part as "
             "--dataset-split."
         )
-    table = Table(report.table_header())
+    table = Table(report.table_header(), is_all=not (arguments.json or arguments.save_masks))
 
     def add_row(result, sequence) -> None:
         table.add(report.result_row(result, len(sequence.images), len(sequence.objects)))

@@ -152,6 +152,8 @@ class _Job:
         self.arguments = arguments
         self.reader = reader
         self.masks = masks
+        # Frames of masks that are still to come, and the masks of frames that are not written yet.
+        self._waiting, self._used = sorted(masks), {}
         self.output = output
         self.writer = writer
         self.loaded = loaded
@@ -209,8 +211,7 @@ class _Job:
 
     def _check_masks_used(self) -> None:
         """An error if the video turned out to end before the frame of a mask."""
-        num_frames = self.results.num_frames
-        unused = [index for index in sorted(self.masks) if index >= num_frames]
+        num_frames, unused = self.results.num_frames, self._waiting
         if not unused or self.interrupted or self.failure is not None:
             return
         if len(unused) == len(self.masks):
@@ -257,7 +258,7 @@ class _Job:
         with torch.inference_mode():
             inputs = processor(images=frame.image, return_tensors="pt", **self._size)
             clock.lap("preprocess")
-            given = self.masks.get(frame.index)
+            given = self._due(frame.index)
             if given is not None:
                 processor.add_inputs_to_inference_session(
                     session, frame_idx=frame.index, input_masks=given, original_size=shape
@@ -271,6 +272,18 @@ class _Job:
             clock.lap("postprocess")
         return id_map, clock.seconds
 
+    def _due(self, index: int):
+        """The mask that is due on a frame; of a camera also those of frames that were dropped since the last one."""
+        from ..masks_deformvos import overrule
+
+        due = None
+        while self._waiting and self._waiting[0] <= index:
+            mask = self.masks[self._waiting.pop(0)]
+            due = mask if due is None else overrule(due, mask)
+        if due is not None:
+            self._used[index] = due
+        return due
+
     def _write(self, frame, id_map, seconds: dict[str, float]) -> None:
         """In the encoding thread: mask, record and overlay of one frame."""
         from hf_deformvos.video import draw_overlay, mask_file_name, write_palette_png
@@ -280,7 +293,7 @@ class _Job:
             write_palette_png(path, id_map)
         clock.lap("write_mask")
         with writing(self.output / "results.json", "--output"):
-            self.results.record(frame, id_map, path.name, self.masks.get(frame.index))
+            self.results.record(frame, id_map, path.name, self._used.pop(frame.index, None))
         self.results.book({"decode": frame.decode_seconds, **seconds, **clock.seconds})
         if self.writer is not None:
             clock = _Clock()

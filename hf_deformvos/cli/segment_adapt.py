@@ -29,7 +29,7 @@ def load_adapted(arguments: argparse.Namespace, name: str, config, masks: dict) 
     from tqdm import tqdm
     from transformers import AutoProcessor
 
-    from ..adaptation import adapt_to_video
+    from ..adaptation import adapt_to_video, at_followed_size
     from ..inference import load_checkpoint, prepare_for_inference, size_option
 
     found = _read_frames(arguments, sorted(masks), config.check_frames)
@@ -37,6 +37,7 @@ def load_adapted(arguments: argparse.Namespace, name: str, config, masks: dict) 
     base, processor = load_checkpoint(name, arguments.device), AutoProcessor.from_pretrained(name)
     given = {index - frames.first: mask for index, mask in masks.items() if index in found}
     size = size_option(processor, arguments.short_side)
+    config = at_followed_size(config, processor, size)
     started = time.perf_counter()
     with tqdm(total=config.draws * config.steps, desc="adapting", unit="step", disable=arguments.quiet) as bar:
 

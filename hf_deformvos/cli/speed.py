@@ -10,8 +10,6 @@ PRESET_NAMES = ("accurate", "standard", "fast")
 DTYPES = ("float32", "bfloat16", "float16")
 # Of --adapt-check, which goes through them several times: about five seconds, and any sequence of DAVIS-2016 val.
 CHECK_FRAMES = 128
-# The least that AdaptationConfig takes; the model for smaller frames learns from clips of this size.
-LEAST_CLIP_SIDE = 65
 
 
 def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,10 +65,7 @@ def add_adaptation_arguments(parser: argparse.ArgumentParser, masks: str) -> Non
 
 
 def adaptation_config(arguments: argparse.Namespace):
-    """
-    The [`~hf_deformvos.adaptation.AdaptationConfig`] asked for, its clips of the size at which frames are followed;
-    `None` where none is.
-    """
+    """The [`~hf_deformvos.adaptation.AdaptationConfig`] asked for; `None` where none is."""
     named = {"steps": arguments.adapt_steps, "seed": arguments.adapt_seed, "draws": arguments.adapt_draws}
     named = {name: value for name, value in named.items() if value is not None}
     if arguments.adapt_check:
@@ -79,8 +74,6 @@ def adaptation_config(arguments: argparse.Namespace):
         return None
     from ..adaptation import AdaptationConfig
 
-    if arguments.short_side:
-        named["short_side"] = max(arguments.short_side, LEAST_CLIP_SIDE)
     return AdaptationConfig(**named)
 
 
@@ -104,7 +97,6 @@ def resolve_speed(arguments: argparse.Namespace, model: str) -> None:
 __all__ = [
     "CHECK_FRAMES",
     "DTYPES",
-    "LEAST_CLIP_SIDE",
     "PRESET_NAMES",
     "adaptation_config",
     "add_adaptation_arguments",

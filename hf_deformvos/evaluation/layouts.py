@@ -243,7 +243,7 @@ def load_dataset_layout(
     if name.startswith("youtubevos"):
         folder, part = _youtube_vos_part(base, split)
         found = _youtube_vos_sequences(folder, chosen, max_frames, all_frames)
-        seen = load_seen_categories(base)
+        seen = YOUTUBE_VOS_SEEN_CATEGORIES
     elif name == "folder":
         found = _folder_sequences(base, split, chosen, max_frames)
     else:
@@ -418,15 +418,6 @@ def _youtube_vos_objects(
     return tuple(objects)
 
 
-def load_seen_categories(root: str | os.PathLike) -> frozenset[str]:
-    """Classes that YouTube-VOS trains on: those of `root/train/meta.json` where that exists, else the known 65."""
-    path = Path(root) / "train" / "meta.json"
-    if not path.is_file():
-        return YOUTUBE_VOS_SEEN_CATEGORIES
-    videos = read_youtube_vos_meta(path).values()
-    return frozenset(item["category"] for video in videos for item in video["objects"].values())
-
-
 def _subfolder(root: Path, part: str) -> Path:
     """`root/part`, or the resolution folder in it."""
     folder = root / part
@@ -549,7 +540,6 @@ __all__ = [
     "image_size",
     "limit_short_side",
     "load_dataset_layout",
-    "load_seen_categories",
     "object_ids_of",
     "read_ids",
 ]

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from ..inference import (
     describe_device,
     hash_weights,
+    is_exported,
     load_checkpoint,
     load_for_inference,
     prepare_for_inference,
@@ -30,6 +31,7 @@ from ..inference import (
 )
 from ..masks_deformvos import overrule
 from ..video.writer import write_palette_png
+from ..writable import check_folder
 from .layouts import EvaluationDataset, EvaluationSequence, limit_short_side, read_picture
 from .macs import count_macs as counting_macs
 from .scoring import SequenceScore, SequenceScorer, map_in_processes, score_folder
@@ -437,11 +439,16 @@ def load_pretrained(config: RunnerConfig) -> tuple:
     return load_checkpoint(config.model, config.device, overrides), AutoProcessor.from_pretrained(config.model)
 
 
+def device_of(config: RunnerConfig) -> torch.device:
+    """Where a [`RunnerConfig`] runs: an exported model on the CPU, whatever there is."""
+    return torch.device("cpu") if is_exported(config.model) else resolve_device(config.device)
+
+
 def load_runner(config: RunnerConfig, loader: Callable[[RunnerConfig], tuple] = load_pretrained) -> SequenceRunner:
     """The model that a [`RunnerConfig`] names, ready to run."""
     model, processor = loader(config)
     folder = Path(config.save_masks) if config.save_masks else None
-    device, dtype = resolve_device(config.device), getattr(torch, config.dtype)
+    device, dtype = device_of(config), getattr(torch, config.dtype)
 
     def adapted(model, frames: Sequence[Image.Image], given: np.ndarray) -> tuple:
         size = size_option(processor, config.short_side)
@@ -478,7 +485,7 @@ def evaluate(
     """
     if num_workers < 1:
         raise ValueError(f"`num_workers` must be at least 1, got {num_workers}.")
-    device = resolve_device(config.device)
+    device = device_of(config)
     weights_sha256 = hash_weights(config.model)
     finished = _prepare_folder(dataset, config, weights_sha256)
     num_workers = min(num_workers, len(dataset.sequences))
@@ -542,6 +549,8 @@ def _prepare_folder(dataset: EvaluationDataset, config: RunnerConfig, weights_sh
     if config.save_masks is None:
         return set()
     folder = Path(config.save_masks)
+    check_folder(folder, f"`save_masks` must be a folder that can be written to, got {folder}")
+    _keep_inputs(dataset, folder)
     folder.mkdir(parents=True, exist_ok=True)
     # What the masks depend on: a later run may take them up only if it would write the same.
     identity = {
@@ -565,6 +574,18 @@ def _prepare_folder(dataset: EvaluationDataset, config: RunnerConfig, weights_sh
     identity["frames"] = previous.get("frames", {}) | identity["frames"]
     write_json(folder / RUN_FILE, identity)
     return finished
+
+
+def _keep_inputs(dataset: EvaluationDataset, folder: Path) -> None:
+    """An error where masks would take the places of the frames or masks that are read."""
+    for sequence in dataset.sequences:
+        target = (folder / sequence.name).resolve()
+        sources = {path.parent for path in (*sequence.images, *sequence.annotations.values())}
+        if target in {source.resolve() for source in sources}:
+            raise ValueError(
+                f"`save_masks` must not be where the data set is, got {folder}: masks would take the places of files "
+                f"in {target}. Choose another folder."
+            )
 
 
 def _fingerprint(sequence: EvaluationSequence) -> str:
@@ -656,8 +677,11 @@ def write_json(path: str | os.PathLike, content: dict) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    try:
+        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 __all__ = [
@@ -672,6 +696,7 @@ __all__ = [
     "StreamFrame",
     "StreamTiming",
     "count_parameters",
+    "device_of",
     "describe_hardware",
     "describe_versions",
     "evaluate",

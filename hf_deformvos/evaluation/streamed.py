@@ -13,7 +13,8 @@ from PIL import Image
 
 from ..data.hub_dataset import DatasetFrame, HubDataset, open_hub_dataset
 from ..data.store import READ_ERRORS
-from ..inference import hash_weights, resolve_device
+from ..inference import hash_weights
+from ..writable import check_folder
 from .layouts import VOID, EvaluationDataset, EvaluationSequence, TrackedObject, image_ids, object_ids_of
 from .metrics import frame_scores
 from .runner import (
@@ -25,6 +26,7 @@ from .runner import (
     SequenceStream,
     describe_hardware,
     describe_versions,
+    device_of,
     load_pretrained,
     load_runner,
 )
@@ -81,12 +83,14 @@ def evaluate_hub_dataset(
         )
     if config.resume:
         raise ValueError("`resume` needs a folder of frames: a data set does not tell beforehand which there are.")
-    device, weights_sha256 = resolve_device(config.device), hash_weights(config.model)
+    device, weights_sha256 = device_of(config), hash_weights(config.model)
     opened = open_hub_dataset(name_or_path, split, streaming)
     _check_names(opened, sequences)
     if config.save_masks:
+        folder = config.save_masks
+        check_folder(folder, f"`save_masks` must be a folder that can be written to, got {folder}")
         # A later run on a folder must not take what is written here for its own.
-        Path(config.save_masks, RUN_FILE).unlink(missing_ok=True)
+        Path(folder, RUN_FILE).unlink(missing_ok=True)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     runner = load_runner(config, loader)

@@ -38,11 +38,14 @@ def write_submission(masks: str | os.PathLike, dataset: EvaluationDataset, path:
             f"A submission needs every sampled frame of every video, {len(missing)} lack: {missing[0]} ..."
         )
     part = path.with_name(f".{path.name}.part")
-    # A PNG is compressed already.
-    with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
-        for source, name in files:
-            archive.writestr(zipfile.ZipInfo(name, _ZIP_DATE), source.read_bytes())
-    os.replace(part, path)
+    try:
+        # A PNG is compressed already.
+        with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
+            for source, name in files:
+                archive.writestr(zipfile.ZipInfo(name, _ZIP_DATE), source.read_bytes())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
     return len(files)
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -31,13 +32,13 @@ _TITLES = {
 _INSTALL = '"torch>=2.6" "transformers>=5.20,<6" "av>=17" "pillow>=10.3"'
 _TAGS = ["video-object-segmentation", "deformable-attention", "deformvos"]
 _PICTURES = ("picture.jpg", "picture.png")
-# `--option=value` is two words as `--option value` is.
 _OPTION = re.compile(r"(--[\w-]+(?==)|.*)(?:=(.*))?", re.DOTALL)
 # What changes what is measured; a score without any is the model's.
 _TRADES = re.compile(
     r"--(?:preset|adapt-(?:steps|seed|draws)|short-side|memory-interval|override)[ =]\S+|--adapt-check|--adapt\b(?!-)"
 )
 _PRIVATE_OPTIONS = ("--json", "--save-masks")  # files that a run wrote, by their places
+_SET_OPTIONS = ("--dataset-name", "--dataset_name")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SOURCES = {
     "labels": "labels",
@@ -211,7 +212,7 @@ def _results(record: dict) -> list[EvalResult]:
         EvalResult(
             task_type="mask-generation",
             task_name="Semi-supervised video object segmentation",
-            dataset_type=dataset["name"],
+            dataset_type=_own_set(record) or dataset["name"],
             dataset_name=title,
             dataset_split=dataset["split"],
             metric_type=key.lower().replace("&", "-and-"),
@@ -223,9 +224,28 @@ def _results(record: dict) -> list[EvalResult]:
     ]
 
 
+def _words(command: str) -> list[str]:
+    """A command's words; `--option=value` is two of them, as `--option value` is."""
+    return [part for word in shlex.split(command) for part in _OPTION.fullmatch(word).groups() if part]
+
+
+def _own_set(record: dict) -> str | None:
+    """The data set that a record is of, where it is not the benchmark itself but one scored by its rules."""
+    words = _words(record["command"])
+    names = [name for option, name in pairwise(words) if option in _SET_OPTIONS]
+    return _shown_name(names[-1]) if names else None
+
+
+def _shown_name(place: str) -> str:
+    """A data set as others may know it: by its name on the Hub, or that of its folder without the path."""
+    return place if _HUB_NAME.fullmatch(place) and not place.startswith(".") else Path(place).name
+
+
 def _title(record: dict) -> str:
-    dataset, choices = record["dataset"], _choices(record)
+    dataset, choices, own = record["dataset"], _choices(record), _own_set(record)
     title = f"{_TITLES.get(dataset['name'], dataset['name'])} {dataset['split']}"
+    if own is not None:
+        title = f"{own} {dataset['split']}, by the rules of {_TITLES.get(dataset['name'], dataset['name'])}"
     return f"{title} with `{choices}`" if choices else title
 
 
@@ -236,16 +256,22 @@ def _choices(record: dict) -> str:
 
 def _as_published(record: dict, repo_id: str) -> dict:
     """A record whose command names the Hub repository, and no files of the machine that measured."""
-    words = [part for word in shlex.split(record["command"]) for part in _OPTION.fullmatch(word).groups() if part]
-    command, skipped = [], False
+    words, command, skipped = _words(record["command"]), [], False
     for option, word in zip(["", *words], words, strict=False):
         if skipped:
             skipped = False
         elif word in _PRIVATE_OPTIONS:
             skipped = True
         elif word != "--resume":
-            command.append(repo_id if option == "--model" else Path(word).name if option == "--root" else word)
+            command.append(repo_id if option == "--model" else _shown_word(option, word))
     return {**record, "command": shlex.join(command)}
+
+
+def _shown_word(option: str, word: str) -> str:
+    """A word of a command behind an option, without the path that it has on the machine that measured."""
+    if option == "--root":
+        return Path(word).name
+    return _shown_name(word) if option in _SET_OPTIONS else word
 
 
 def _score(name: str, record: dict, provenance: dict, markers: bool) -> dict:
@@ -258,8 +284,8 @@ def _score(name: str, record: dict, provenance: dict, markers: bool) -> dict:
     has_sequences = "--preset" not in _choices(record)
     return {
         "title": _title(record),
-        "source": provenance["benchmarks"].get(record["dataset"]["name"]),
-        "is_validation": record["dataset"]["split"] == "val",
+        "source": None if _own_set(record) else provenance["benchmarks"].get(record["dataset"]["name"]),
+        "is_validation": record["dataset"]["split"] == "val" and not _own_set(record),
         "has_root": "--root" in record["command"],
         "means": block("", measurements.render_means(record)),
         "sequences": block(".sequences", measurements.render_sequences(record)) if has_sequences else None,

@@ -68,8 +68,9 @@ def prefetch(items: Iterable, depth: int, drop_oldest: bool = False) -> Iterator
     channel = _Channel(depth, drop_oldest)
     failure: list[BaseException] = []
 
+    iterator = iter(items)
+
     def produce() -> None:
-        iterator = iter(items)
         try:
             for item in iterator:
                 if not channel.put(item):

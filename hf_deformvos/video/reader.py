@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice
 
@@ -129,14 +130,22 @@ class VideoReader:
             self._frames, self._first = self._source.frames(), None
         frames, self._frames = self._frames, None
         first, self._first = self._first, None
-        frames = self._checked(frames if first is None else chain([first], frames), frames)
-        return prefetch(frames, self._num_prefetch, drop_oldest=self._source.live)
+        is_live = self._source.live
+        limit = None if is_live else self._max_frames
+        checked = self._checked(frames if first is None else chain([first], frames), frames, limit)
+        ahead = prefetch(checked, self._num_prefetch, drop_oldest=is_live)
+        return self._limited(ahead) if is_live else ahead
 
-    def _checked(self, frames: Iterator[VideoFrame], generator) -> Iterator[VideoFrame]:
-        """The frames up to `max_frames`, all of one size; closes the decoder at the end."""
+    def _limited(self, frames: Generator[VideoFrame, None, None]) -> Iterator[VideoFrame]:
+        """Up to `max_frames` of a camera's frames: those that are dropped on the way do not count."""
+        with closing(frames):
+            yield from islice(frames, self._max_frames)
+
+    def _checked(self, frames: Iterator[VideoFrame], generator, limit: int | None) -> Iterator[VideoFrame]:
+        """The frames up to `limit`, all of one size; closes the decoder at the end."""
         size = (self.info.height, self.info.width)
         try:
-            for frame in islice(frames, self._max_frames):
+            for frame in islice(frames, limit):
                 if frame.image.shape[:2] != size:
                     raise VideoError(
                         f"{self._source.name} changes size at frame {frame.index}: {_size(frame.image)} after "

@@ -100,7 +100,7 @@ style: $(FULL)  ## repair what lint and format can repair
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
-numbers: $(FULL)  ## measure every figure that the texts state, and write them: make numbers DATA=folder
+numbers: $(FULL)  ## measure the student on DAVIS-2016 val, and its budget, and write both: make numbers DATA=folder
 	@test -n "$(DATA)" || { echo "error: DATA is empty: name the folder that holds davis2016-val, as in make numbers DATA=~/data" >&2; exit 2; }
 	$(BIN)/python scripts/update_numbers.py measure --data "$(DATA)" --model $(MODEL) --budget -- $(EVAL_ARGS)
 

@@ -2,7 +2,7 @@
 """
 Trains a DeformVOS student: `accelerate launch train_distill.py [config.json | config.yaml] [--flags]`.
 
-Without any argument, it distils the bundled teacher into a small student on the example clip, in a few minutes.
+Without any argument, it distils the bundled teacher into a small student on the example clip, in about a minute.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ Next:
                      --output {folder}/masks --overlay {folder}/overlay.mp4
   your videos    accelerate launch {script} {recipe} --video_dirs FOLDER --output_dir outputs/mine
                      (beside NAME.mp4, NAME_mask.png with the objects of its first frame; without it they are proposed)
-  in earnest     accelerate launch {script} {recipes}/distill_cpu.json --teacher {teacher} \\
-                     --davis_dirs DAVIS --static_dirs STATIC --output_dir outputs/student      (docs/TRAINING.md)
+  in earnest     accelerate launch {script} {recipes}/student_continue.json --cpu_threads {cores} \\
+                     --davis_dirs DAVIS --static_dirs STATIC --output_dir outputs/student
+                     (two hours, from the bundled student; docs/TRAINING.md has this, and runs from unlabelled videos)
 """
 
 
@@ -156,6 +157,7 @@ def quick_start(trainer: Trainer, started: float) -> None:
         script=short(ROOT / "train_distill.py"),
         recipe=short(QUICK_START),
         recipes=short(QUICK_START.parent),
+        cores=os.cpu_count(),
     )
     print(text, flush=True)
 

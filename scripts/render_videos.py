@@ -6,7 +6,7 @@ draw: 0 A.D. has a thousand animals, people, riders and machines with their anim
 and vehicles of our days, MegaGlest more that walks.
 
     sudo apt-get install 0ad-data torcs-data ufoai-data megaglest-data libegl1 libgl1-mesa-dri
-    pip install "hf-deformvos[render]"
+    pip install -e ".[render]"
     python scripts/render_videos.py data/rendered --zero-ad /usr/share/games/0ad/mods/public/public.zip \\
         --torcs /usr/share/games/torcs --ufo-ai /usr/share/games/ufoai/base/0models.pk3 \\
         --megaglest /usr/share/games/megaglest --photographs data/static/*/images --videos 360

@@ -37,8 +37,8 @@ def add_adaptation_arguments(parser: argparse.ArgumentParser, masks: str) -> Non
     parser.add_argument(
         "--adapt",
         action="store_true",
-        help=f"first train a copy of the model on {masks}: better masks, later (half a minute on two CPU cores); "
-        "following is as fast as without",
+        help=f"first train a copy of the model on {masks}: mostly better masks, later (some 40 seconds on two CPU "
+        "cores); following is as fast as without",
     )
     parser.add_argument(
         "--adapt-steps", metavar="N", type=at_least(1), help="training steps of --adapt (which it implies)"

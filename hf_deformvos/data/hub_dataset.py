@@ -59,8 +59,7 @@ def import_datasets():
         import datasets
     except ImportError as error:
         raise ValueError(
-            "Hugging Face data sets need the package `datasets`, which is not installed: "
-            "`pip install 'hf-deformvos[train]'` or `pip install datasets`."
+            "Hugging Face data sets need the package `datasets`, which is not installed: `pip install datasets`."
         ) from error
     return datasets
 

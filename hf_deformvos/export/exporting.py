@@ -117,7 +117,7 @@ def _check_options(format: str, dtype: str, calibration):
     needed = ("onnx", "onnxscript", *(["onnxruntime"] if dtype == "int8" else [])) if format == "onnx" else ()
     missing = [name for name in needed if not _is_installed(name)]
     if missing:
-        raise ValueError(f"This export needs {', '.join(missing)}: `pip install hf-deformvos[export]`.")
+        raise ValueError(f"This export needs {', '.join(missing)}: `pip install {' '.join(missing)}`.")
 
 
 def _is_installed(name: str) -> bool:

@@ -161,7 +161,7 @@ def _context(facts: dict, config: dict, provenance: dict, folder: Path, records:
         "clips": f"{sum(run['clips'] for run in runs):,}",
         "minutes": f"{sum(run['minutes'] for run in runs):.0f}",
         "precision": _PRECISIONS[own["mixed_precision"]],
-        "runs": _runs_table(runs),
+        "runs": _runs_table(runs, name),
         "blend": f"{facts['blend']:.0%}" if "blend" in facts else None,
         "averaged": len(facts["averaged_with"]) + 1 if "averaged_with" in facts else None,
         "backbone_rate": f"{own['backbone_lr_scale']:g} times the learning rate for the backbone",
@@ -316,8 +316,8 @@ def _stages(settings: dict) -> list[dict]:
     return json.loads(stages) if isinstance(stages, str) else stages
 
 
-def _runs_table(runs: list[dict]) -> str:
-    """A row a run: what it learned from, for how long, and on clips of which sizes."""
+def _runs_table(runs: list[dict], name: str) -> str:
+    """A row a run: what it learned from, for how long, and on clips of which sizes. Other models' runs are named."""
     titles = "| run | learned from | steps | clips | minutes | on | clips of | learning rate |"
     rows = [titles, "|---:|---|---:|---:|---:|---|---|---:|"]
     for number, run in enumerate(runs, start=1):
@@ -330,7 +330,9 @@ def _runs_table(runs: list[dict]) -> str:
         )
         teacher = run.get("teacher", {}).get("name")
         learned = _SOURCES[settings["supervision"]] + (f", distilled from {teacher}" if teacher else "")
-        # What learned features saw single images.
+        # What learned features saw single images, and is no model.
+        if "images" not in run and run.get("name", name) != name:
+            learned += f" (as {run['name']})"
         seen = f"{run['images']:,} images" if "images" in run else f"{run['clips']:,}"
         numbers = f"{run['steps']:,} | {seen} | {run['minutes']:.0f} | {run.get('device', 'not recorded')}"
         rows.append(

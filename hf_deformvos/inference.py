@@ -16,11 +16,13 @@ from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoProcessor
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from .modeling_deformvos import DeformVosModel
 from .processing_deformvos import size_option
 
+
+logger = logging.get_logger(__name__)
 
 # In a folder that `deformvos export` wrote.
 SETTINGS_FILE = "deformvos_export.json"
@@ -244,6 +246,8 @@ def prepare_for_inference(model: DeformVosModel, dtype: str = "float32") -> Defo
         dtype (`str`, defaults to `"float32"`): precision of the weights.
     """
     model = model.fold_batch_norm().to(dtype=getattr(torch, dtype), memory_format=torch.channels_last)
+    if dtype == "bfloat16" and fastest_dtype(model.device.type) == "float32":
+        logger.warning_once("bfloat16 is no faster than float32 on this device, and where it is emulated far slower.")
     if model.device.type == "cpu":
         _reuse_memory(model)
     return model

@@ -58,6 +58,7 @@ from hf_deformvos.training import TrainingConfig
 TABLE = ROOT / "recipes" / "ablation" / "rows.json"
 RECORD = NUMBERS / "ablation.json"
 SETS = ("held-out", "val")
+MACHINE_FILE = "machine.json"
 # What a row may change in training. Steps, clips and starts are the same for all, or the command's to say.
 _LOSSES = frozenset(
     (
@@ -242,6 +243,7 @@ class Run:
             code = run_command(command, self.folder / "train.log", deadline, (held,))
         if code:
             raise EvidenceError(f"training of {self.folder.name} ended with exit code {code}: {self.reason()}")
+        (self.folder / MACHINE_FILE).write_text(json.dumps(self.machine(), indent=2))
         for leftover in [*self.folder.glob("checkpoint-*"), self.folder / "best"]:
             shutil.rmtree(leftover, ignore_errors=True)
         return json.loads(results.read_text())
@@ -273,10 +275,20 @@ class Run:
                 raise Busy
             return score_model(self.folder, dataset, options, folder, deadline)
 
+    def machine(self) -> dict:
+        """What trains here, and by which code; it may be scored elsewhere, and later."""
+        device = torch.device("cuda" if torch.cuda.is_available() and "--cpu" not in self.setting.launch else "cpu")
+        precision = TrainingConfig(mixed_precision=self.settings.get("mixed_precision", "auto")).mixed_precision
+        return {
+            "hardware": describe_hardware(device, _DTYPES[precision], self.setting.threads, 1),
+            "launch": shlex.join(self.setting.launch),
+            "versions": describe_versions(),
+            "commit": commit(),
+        }
+
     def entry(self, results: dict) -> dict:
         """What the record keeps of it, scores aside."""
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        precision = self.settings.get("mixed_precision", TrainingConfig.mixed_precision)
+        trained_by = self.folder / MACHINE_FILE
         return {
             **self.training,
             "override": self.row.override,
@@ -286,10 +298,7 @@ class Run:
             "clips": results["clips"],
             "parameters": results["parameters"],
             "train_seconds": round(60 * results["minutes"], 1),
-            "hardware": describe_hardware(device, _DTYPES[precision], self.setting.threads, 1),
-            "launch": shlex.join(self.setting.launch),
-            "versions": describe_versions(),
-            "commit": commit(),
+            **(json.loads(trained_by.read_text()) if trained_by.is_file() else self.machine()),
             # Another row has that of the same weights.
             "curve": None if self.row.override else read_curve(self.folder / "log.jsonl"),
             "scores": {},
@@ -306,7 +315,7 @@ def read_curve(path: Path) -> dict[str, dict[str, list[float]]]:
     for line in path.read_text().splitlines():
         values = json.loads(line)
         for name, value in values.items():
-            if name.startswith("loss") or name == "eval_j":
+            if (name.startswith("loss") or name == "eval_j") and value is not None:
                 curve = curves.setdefault(name, {"step": [], "value": []})
                 curve["step"].append(values["step"])
                 curve["value"].append(float(f"{value:.5g}"))

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from compose_cutouts import list_photographs
+from compose_cutouts import is_readable, list_photographs
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -34,8 +34,10 @@ from tqdm import tqdm
 from hf_deformvos import DeformVosConfig, DeformVosImageProcessor, DeformVosModel
 from hf_deformvos.image_processing_deformvos import to_rgb
 from hf_deformvos.publishing.release import data_names
+from hf_deformvos.training.config import native_precision
 from hf_deformvos.training.lineage import describe_backbone, describe_origin
 from hf_deformvos.training.optimization import learning_rate_factor
+from hf_deformvos.writable import check_folder
 
 
 HEIGHT, WIDTH = 257, 449
@@ -191,7 +193,7 @@ def describe_run(arguments: argparse.Namespace, steps: int, minutes: float) -> d
             "supervision": "features",
             "stages": [stage],
             "learning_rate": arguments.learning_rate,
-            "mixed_precision": "bf16",
+            "mixed_precision": native_precision(),
             "seed": arguments.seed,
         },
         **origin,
@@ -230,12 +232,17 @@ def main():
     parser.add_argument("--learning_rate", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    paths = list_images(arguments.images, arguments.every)
+    for name, least in (("every", 1), ("steps", 1), ("batch_size", 1), ("minutes", 1e-3), ("learning_rate", 1e-9)):
+        value = getattr(arguments, name)
+        if value is not None and not value >= least:
+            parser.error(f"--{name} must be at least {least}, got {value}.")
+    paths = [path for path in list_images(arguments.images, arguments.every) if is_readable(path)]
     if not paths:
         parser.error(f"no images below {', '.join(map(str, arguments.images))}.")
     torch.manual_seed(arguments.seed)
-    accelerator = Accelerator(mixed_precision="bf16")
+    accelerator = Accelerator(mixed_precision=native_precision())
     try:
+        check_folder(arguments.output, f"output must be a folder that can be written to, got {arguments.output}")
         teacher = DeformVosModel.from_pretrained(arguments.teacher, dtype=torch.float32).eval()
         if teacher.config.backbone != "dinov2":
             raise ValueError(f"{arguments.teacher} has no ViT (its backbone is {teacher.config.backbone}).")

@@ -63,8 +63,8 @@ def distill(folders, tmp_path, monkeypatch):
         command += [
             "--teacher",
             str(folders / "teacher"),
-            "--minutes",
-            "0.05",
+            "--steps",
+            "12",
             "--batch_size",
             "2",
             *map(str, arguments),

@@ -691,6 +691,13 @@ def test_supervision_from_a_teacher_needs_one(tmp_path):
         make_trainer(tmp_path, kl_weight=0.5)
 
 
+@pytest.mark.parametrize(("fastest", "precision"), [("bfloat16", "bf16"), ("float32", "no")])
+def test_precision_is_what_the_device_computes_natively(fastest, precision, monkeypatch):
+    monkeypatch.setattr("hf_deformvos.training.config.fastest_dtype", lambda kind: fastest if kind == "cpu" else None)
+    assert TrainingConfig().mixed_precision == precision, "and so the record says it"
+    assert TrainingConfig(mixed_precision="bf16").mixed_precision == "bf16"
+
+
 def test_steps_alone_may_end_a_run_whose_recipe_has_minutes(tmp_path):
     trainer = make_trainer(tmp_path, max_train_minutes=0.0, checkpointing_steps=0)
     assert trainer.progress_at(3, elapsed=1e9) == 0.5

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
 from typing import get_args, get_origin, get_type_hints
 
+import torch
+
 from ..data.clips import ClipSpec
 from ..data.davis import HELD_OUT_SEQUENCES
 from ..data.transforms import AugmentConfig
+from ..inference import fastest_dtype
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,14 @@ def _typed(name: str, value, hint):
     if not fits:
         raise ValueError(f"`{name}` must be {rule}, got {value!r}.")
     return value
+
+
+def native_precision() -> str:
+    """The precision that trains fastest here: bfloat16 that is emulated takes many times as long as float32."""
+    # What `accelerate launch --cpu` sets.
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1") or not torch.accelerator.is_available()
+    kind = "cpu" if on_cpu else torch.accelerator.current_accelerator().type
+    return "bf16" if fastest_dtype(kind) == "bfloat16" else "no"
 
 
 DEFAULT_STAGES = (
@@ -319,7 +331,9 @@ class TrainingConfig:
     freeze_until: float = _help(1.0, "Progress at which those parameters are released; 1 keeps them frozen.")
 
     gradient_accumulation_steps: int = _help(1, "Forward passes a step.")
-    mixed_precision: str = _help("bf16", "no, bf16 or fp16.")
+    mixed_precision: str = _help(
+        "auto", "no, bf16, fp16, or auto: bf16 where the device computes it natively, else no."
+    )
     gradient_checkpointing: bool = _help(
         False,
         "Keep a fraction of the activations for the backward pass, and compute the others anew: slower, smaller.",
@@ -353,6 +367,8 @@ class TrainingConfig:
             # A curriculum may also be written out in a configuration file.
             if not (name == "stages" and isinstance(self.stages, list)):
                 setattr(self, name, _typed(name, getattr(self, name), hint))
+        if self.mixed_precision == "auto":
+            self.mixed_precision = native_precision()
         self._check_choices()
         self._check_ranges()
         self._stages = self._parse_stages()
@@ -362,7 +378,7 @@ class TrainingConfig:
         if self.supervision not in ("labels", "pseudo", "both"):
             raise ValueError(f"`supervision` must be labels, pseudo or both, got {self.supervision!r}.")
         if self.mixed_precision not in ("no", "bf16", "fp16"):
-            raise ValueError(f"`mixed_precision` must be no, bf16 or fp16, got {self.mixed_precision!r}.")
+            raise ValueError(f"`mixed_precision` must be auto, no, bf16 or fp16, got {self.mixed_precision!r}.")
         if self.on_data_error not in ("skip", "raise"):
             raise ValueError(f"`on_data_error` must be skip or raise, got {self.on_data_error!r}.")
         if self.eval_dir and not self.eval_steps:

@@ -21,6 +21,8 @@ from transformers.processing_utils import ImagesKwargs
 
 STRIDE = 16
 CHANNELS = (1, 3, 4)
+# Resampling overshoots: floats a little beyond 0..1 are in that range still. A frame of 0..255 this dark is black.
+OVERSHOOT = 0.5
 FRAME = (
     "a PIL image, or an array or tensor of numbers, (height, width), (height, width, channels) or (channels, height, "
     "width), with 1, 3 or 4 channels and at least one pixel"
@@ -231,8 +233,9 @@ def _to_uint8(image: np.ndarray, name: str) -> np.ndarray:
     if image.dtype.kind == "f":
         if not np.isfinite(image).all():
             raise ValueError(f"{name} holds NaN or infinite values.")
-        unit = image.min() >= 0 and image.max() <= 1
-        image = np.rint(image * 255 if unit else image)
+        if image.min() >= -OVERSHOOT and image.max() <= 1 + OVERSHOOT:
+            image = image.clip(0, 1) * 255
+        image = np.rint(image)
     if image.dtype != np.uint8:
         if image.min() < 0 or image.max() > 255:
             raise ValueError(

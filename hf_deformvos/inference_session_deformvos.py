@@ -484,10 +484,10 @@ class DeformVosInferenceSession:
         # One pass and no temporary: a sum is finite only if every pixel is.
         if not pixel_values.sum(dtype=torch.float32).isfinite():
             raise ValueError(f"Frame {frame_idx} holds NaN or infinite values.")
-        device = self.inference_device or model.device
-        if device.type != model.device.type:
-            raise ValueError(f"The session computes on {device}, the model lies on {model.device}: move one of them.")
-        return pixel_values.to(device, model.dtype, memory_format=torch.channels_last)
+        own, asked = model.device, self.inference_device or model.device
+        if asked.type != own.type or asked.index not in (None, own.index or 0):
+            raise ValueError(f"The session computes on {asked}, the model lies on {own}: move one of them.")
+        return pixel_values.to(own, model.dtype, memory_format=torch.channels_last)
 
     def _autocast(self, model: DeformVosModel):
         if self.dtype in (None, model.dtype):

@@ -648,6 +648,11 @@ class DeformVosModel(DeformVosPreTrainedModel):
         """Background and the slots that hold an object, `(B, 1 + max_objects)` bool."""
         if object_valid is None:
             object_valid = torch.ones_like(slots, dtype=torch.bool)
+        if object_valid.shape != slots.shape or object_valid.dtype != torch.bool:
+            raise ValueError(
+                f"`object_valid` must be {tuple(slots.shape)} of bool, got {tuple(object_valid.shape)} of "
+                f"{object_valid.dtype}."
+            )
         valid = torch.zeros(len(slots), 1 + self.config.max_objects, dtype=torch.bool, device=slots.device)
         valid[:, 0] = True
         return valid.scatter(1, slots + 1, object_valid.to(slots.device))

@@ -172,6 +172,23 @@ def held_out_dataset(root: str | Path, max_frames: int | None = None) -> Evaluat
     return load_dataset_layout("davis2016", root, "train", held_out_of(root), max_frames)
 
 
+def check_names(models: Iterable[str | Path]) -> None:
+    """`EvidenceError` where folders of models share a name, by which records tell them apart."""
+    names = [Path(model).resolve().name for model in models]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise EvidenceError(f"--models must have different names, got {', '.join(twice)} twice: rename a folder.")
+
+
+def check_head(record: dict, entries: str, head: dict) -> None:
+    """`EvidenceError` where a record holds entries that were measured in another way than its head would say."""
+    changed = sorted(name for name in head if name in record and record[name] != head[name])
+    if record.get(entries) and changed:
+        raise EvidenceError(
+            f"The record was measured with other settings ({', '.join(changed)}): name another with --json, or remove "
+            "it to measure everything anew."
+        )
+
+
 def open_model(record: dict, settings: dict, model: str | Path) -> dict:
     """
     The part of a record that belongs to a model, empty where its weights have changed since.

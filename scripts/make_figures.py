@@ -201,7 +201,8 @@ def draw_memory(record: dict):
             cases = [case for case in entry.get("cases", {}).values() if part in case["series"]]
             cases = sorted((case for case in cases if position(case) is not None), key=lambda case: case[part])
             points = [(position(case), 100 * case["JF"]) for case in cases]
-            axis.plot(*zip(*points, strict=True), "o-", markersize=4, color=COLOURS[number % len(COLOURS)], label=name)
+            colour = COLOURS[number % len(COLOURS)]
+            axis.plot([x for x, _ in points], [y for _, y in points], "o-", markersize=4, color=colour, label=name)
             for case, point in zip(cases, points, strict=True) if note else ():
                 axis.annotate(
                     note.format(case[part]), point, (0, 6), textcoords="offset points", ha="center", fontsize=7
@@ -269,9 +270,13 @@ class Followed:
                 self.J[index] = float(
                     np.mean([region_similarity(true == n, ids == n, true == 255) for n in sequence.object_ids])
                 )
-        self.attentions = output.attentions[-1] if last else None
-        self.locations = output.sampled_locations[-1] if last else None
+        self.attentions = _on_cpu(output.attentions[-1]) if last else None
+        self.locations = _on_cpu(output.sampled_locations[-1]) if last else None
         self.grid = tuple((side - 1) // 16 + 1 for side in pixel_values.shape[-2:])
+
+
+def _on_cpu(maps: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.float().cpu() for name, tensor in maps.items()}
 
 
 def read_image(path: Path) -> np.ndarray:

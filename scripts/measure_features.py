@@ -20,7 +20,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from evidence import NUMBERS, describe_folder, describe_model, guarded, held_out_of, read_pairs, update_record
+from evidence import (
+    NUMBERS,
+    check_head,
+    describe_folder,
+    describe_model,
+    guarded,
+    held_out_of,
+    read_pairs,
+    read_record,
+    update_record,
+)
 
 from hf_deformvos import DeformVosImageProcessor, DeformVosModel
 from hf_deformvos.data import list_davis
@@ -109,6 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     models = read_pairs("--models", options.models)
     head = {"command": "python scripts/measure_features.py", "data": [describe_folder(options.davis)]}
+    check_head(read_record(options.json, "features"), "models", head)
     for label, folder in models.items():
         entry = measure(folder, options.davis)
         print(f"{label}: backbone {entry['backbone']['J']:.3f}, tokens {entry['tokens']['J']:.3f}", file=sys.stderr)
@@ -118,6 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _keep(record: dict, head: dict, label: str, entry: dict) -> None:
     """Puts a model's figures into the record."""
+    check_head(record, "models", head)
     record.update(head)
     record.setdefault("models", {})[label] = entry
 

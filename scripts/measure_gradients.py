@@ -21,7 +21,16 @@ from pathlib import Path
 
 import torch
 from ablate import TABLE, read_table
-from evidence import NUMBERS, describe_folder, describe_model, guarded, read_pairs, update_record
+from evidence import (
+    NUMBERS,
+    check_head,
+    describe_folder,
+    describe_model,
+    guarded,
+    read_pairs,
+    read_record,
+    update_record,
+)
 from make_figures import LOSSES
 
 from hf_deformvos import DeformVosModel
@@ -105,25 +114,27 @@ def main(arguments: list[str] | None = None) -> int:
     settings = {**read_table(TABLE, []).train, "davis_dirs": options.davis, "static_dirs": options.static}
     config = TrainingConfig(**settings, cache_dir=options.cache)
     teacher = Teacher(options.teacher).model
+    path, hardware = options.json or RECORD, describe_hardware(torch.device("cpu"), "bfloat16", options.threads, 1)
+    head = {
+        "command": "python scripts/measure_gradients.py",
+        "teacher": describe_model(options.teacher),
+        "batches": options.batches,
+        "clips": {"size": list(config.stage_at(0.0).size), "batch": config.stage_at(0.0).batch},
+        "data": [describe_folder(folder) for folder in (*options.davis, *options.static)],
+    }
+    check_head(read_record(path, "gradients"), "students", head)
     for label, folder in students.items():
         student = build_student(replace(config, student=folder)).train()
-        terms = measure(student, teacher, config, options.batches)
-        entry = {**describe_model(folder), "terms": terms}
-        head = {
-            "command": "python scripts/measure_gradients.py",
-            "teacher": describe_model(options.teacher),
-            "batches": options.batches,
-            "clips": {"size": config.stage_at(0.0).size, "batch": config.stage_at(0.0).batch},
-            "data": [describe_folder(folder) for folder in (*options.davis, *options.static)],
-            "hardware": describe_hardware(torch.device("cpu"), "bfloat16", options.threads, 1),
-        }
-        update_record(options.json or RECORD, "gradients", partial(_keep, head=head, label=label, entry=entry))
+        entry = {**describe_model(folder), "terms": measure(student, teacher, config, options.batches)}
+        change = partial(_keep, head=head, hardware=hardware, label=label, entry=entry)
+        update_record(path, "gradients", change)
     return 0
 
 
-def _keep(record: dict, head: dict, label: str, entry: dict) -> None:
+def _keep(record: dict, head: dict, hardware: dict, label: str, entry: dict) -> None:
     """Puts a student's figures into the record."""
-    record.update(head)
+    check_head(record, "students", head)
+    record.update(head, hardware=hardware)
     record.setdefault("students", {})[label] = entry
 
 

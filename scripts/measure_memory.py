@@ -26,6 +26,7 @@ from evidence import (
     Deadline,
     EvidenceError,
     OutOfTime,
+    check_names,
     describe_folder,
     guarded,
     held_out_dataset,
@@ -172,6 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.max_frames and options.json is None:
         raise EvidenceError("A rehearsal with fewer frames needs --json: its figures do not go into the texts.")
+    check_names(options.models)
     settings = {"max_frames": options.max_frames, "dtype": options.dtype, "data": describe_folder(options.davis)}
     path, deadline = options.json or RECORD, Deadline(options.minutes)
     series = {name: getattr(options, name) for name in SERIES}

@@ -35,6 +35,7 @@ from evidence import (
     Deadline,
     EvidenceError,
     OutOfTime,
+    check_names,
     describe_folder,
     guarded,
     held_out_dataset,
@@ -292,6 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise EvidenceError("A rehearsal with fewer frames needs --json: its figures do not go into the texts.")
     if min(options.counts) < 1:
         raise EvidenceError(f"--counts must be at least 1, got {min(options.counts)}.")
+    check_names(options.models)
     settings = {
         "counts": sorted(set(options.counts)),
         "max_frames": options.max_frames,

@@ -79,7 +79,13 @@ def texts(root: Path) -> list[Path]:
 
 def load_records(root: Path) -> dict[str, dict]:
     """Every record of docs/numbers, by name."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted((root / "docs" / "numbers").glob("*.json"))}
+    try:
+        records = {path.stem: cards.read_json(path) for path in sorted((root / "docs" / "numbers").glob("*.json"))}
+    except ValueError as error:
+        raise NumbersError(str(error)) from error
+    if unfinished := [name for name, record in records.items() if not record.get("complete", True)]:
+        raise NumbersError(f"docs/numbers/{unfinished[0]}.json is of a measurement that did not end: make it again.")
+    return records
 
 
 def render_cases(record: dict) -> str:
@@ -319,6 +325,7 @@ def render_file(path: Path, text: str, records: dict[str, dict], root: Path) -> 
     """The text of a file as it should be: cards that were rendered, anew from their folder, metadata included."""
     if cards.is_sealed(text):
         try:
+            cards.check_replaceable(path)
             return cards.render_card(path.parent, records)
         except ValueError as error:
             raise NumbersError(str(error)) from error

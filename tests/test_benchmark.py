@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from hf_deformvos.benchmark.roofline import MachineRates, StageWork, compare, co
 from hf_deformvos.benchmark.stages import SteadyStream, summarize
 from hf_deformvos.cli import main
 from hf_deformvos.evaluation.macs import count_macs
-from hf_deformvos.publishing import measurements
+from hf_deformvos.publishing import cards, measurements
 from hf_deformvos.video import VideoReader
 
 
@@ -177,6 +178,23 @@ def test_compiled_parts_give_the_same_masks_and_stages(engine, model_dir, clip):
     assert list(SteadyStream(compiled, clip, 1).time_stages(2)["stages"]) == list(STAGES)
 
 
+def test_every_form_of_every_layer_is_compiled(tiny_clip):
+    """Two layers share their code, and with it PyTorch's bound of how many forms of it there may be."""
+    model = DeformVosModel(DeformVosConfig(**TINY_CONFIG, num_hidden_layers=2)).eval()
+    compile_parts(model, compiler="eager")
+    processor = DeformVosProcessor(DeformVosImageProcessor(size={"shortest_edge": 33}))
+    frames, ids = tiny_clip
+    session = processor.init_video_session()
+    processor.add_inputs_to_inference_session(session, 0, input_masks=ids[0])
+    torch._dynamo.utils.counters.clear()
+    with torch.inference_mode():
+        for index in range(7):  # until the bank is full, and beyond
+            pixel_values = processor(frames[index % 6], return_tensors="pt").pixel_values[0]
+            model(inference_session=session, frame=pixel_values)
+    assert sum(torch._dynamo.utils.counters["frames"].values()) > 16
+    assert not torch._dynamo.utils.counters["recompile_limit"], "a form beyond the limit would be an error"
+
+
 def test_compiling_needs_a_compiler(engine, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="needs a C\\+\\+ compiler"):
@@ -270,6 +288,27 @@ def test_memory_alone(tmp_path, model_dir, capsys, monkeypatch):
     render = measurements.BENCHMARK_VIEWS
     assert "| float32 | 96x64 | 1 | 10,000 | 170 MB | +4 MB |" in render["memory"]([record])
     assert "96x64" not in render[""]([record]) and "96x64" not in render["stages"]([record])
+    (shown,) = cards._benchmark_parts([record])  # no table of times without a row
+    assert "10,000" in shown
+
+
+def test_what_was_measured_before_a_failure_is_kept(tmp_path, model_dir, capsys, monkeypatch):
+    def fail(config, clip):
+        raise ValueError("the process that starts ended")
+
+    monkeypatch.setattr(benchmark_run, "measure_start", fail)
+    path = tmp_path / "benchmark.json"
+    assert run(model_dir, "--sizes", "64x96", "--skip", "timing,memory", "--json", path) == 2
+    assert "the process that starts ended" in capsys.readouterr().err
+    record = json.loads(path.read_text())
+    assert record["complete"] is False and len(record["cases"]) == 1 and record["command"]
+    weights = Path(model_dir) / "model.safetensors"
+    assert measurements.find_records([tmp_path], weights) == {}
+    monkeypatch.setattr(benchmark_run, "measure_start", lambda config, clip: {})
+    monkeypatch.setattr("hf_deformvos.benchmark.report.start_line", lambda start: "")
+    assert run(model_dir, "--sizes", "64x96", "--skip", "timing,memory", "--json", path) == 0
+    assert "complete" not in json.loads(path.read_text())
+    assert list(measurements.find_records([tmp_path], weights)) == ["benchmark"]
 
 
 def test_cards_find_the_benchmarks_of_their_weights(tmp_path, student_dir):

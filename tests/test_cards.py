@@ -24,6 +24,7 @@ from hf_deformvos.publishing import publish as publish_module
 from hf_deformvos.publishing.collect import collect_release
 from hf_deformvos.publishing.measurements import find_records, sha256_of
 from hf_deformvos.publishing.publish import default_records, publish_release, scores_note
+from hf_deformvos.publishing.release import write_card
 from hf_deformvos.video import H264Writer, VideoReader, read_palette_png, write_palette_png
 
 
@@ -390,6 +391,11 @@ def test_cards_by_hand(student):
     (student / "README.md").write_text(cards.seal(own).replace("Mine", "Yours"))
     with pytest.raises(ValueError, match="edited by hand"):
         cards.publishable_card(student, {}, REPO)
+    for text in (cards.seal(own).replace("Mine", "Yours"), "# All mine\n"):
+        (student / "README.md").write_text(text)
+        with pytest.raises(ValueError, match="was written or edited by hand"):
+            write_card(student, {})
+        assert (student / "README.md").read_text() == text
 
 
 @pytest.mark.weights

@@ -598,6 +598,24 @@ def test_features_are_scored_and_shown(davis, tiny_folder, tmp_path, one_thread)
     assert f"| tiny | {100 * entry['backbone']['J']:.1f} | {100 * entry['tokens']['J']:.1f} |" in shown
     with pytest.raises(evidence.EvidenceError, match="LABEL=DIR"):
         measure_features.main([*arguments, "--models", str(tiny_folder)])
-    empty = write_davis(tmp_path / "davis", frames=2)
+    empty, before = write_davis(tmp_path / "davis", frames=2), path.read_text()
+    again = ["--davis", str(empty), "--models", f"tiny={tiny_folder}", "--json"]
     with pytest.raises(evidence.EvidenceError, match="held-out"):
-        measure_features.main(["--davis", str(empty), "--json", str(path), "--models", f"tiny={tiny_folder}"])
+        measure_features.main([*again, str(tmp_path / "other.json")])
+    with pytest.raises(evidence.EvidenceError, match=r"measured with other settings \(data\): name another"):
+        measure_features.main([*again, str(path)])
+    assert path.read_text() == before
+
+
+def test_models_of_one_name_are_refused():
+    """Records tell them apart by it: the second would take the place of the first."""
+    evidence.check_names(["runs/a/best", "runs/b/other"])
+    with pytest.raises(evidence.EvidenceError, match="must have different names, got best twice"):
+        evidence.check_names(["runs/a/best", "runs/b/best"])
+
+
+def test_a_series_without_points_is_not_drawn():
+    case = {"series": ["long_term_slots"], "state_bytes": 1e6, "memory_interval": 8, "long_term_slots": 3, "JF": 0.8}
+    figure = make_figures.draw_memory({"models": {"tiny": {"cases": {"a": case}}}})
+    points = [line.get_xydata().tolist() for axis in figure.axes for line in axis.lines]
+    assert points == [[[1.0, 80.0]], [], []]

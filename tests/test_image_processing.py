@@ -86,6 +86,15 @@ def test_every_kind_of_frame_is_the_same_frame(kind, frame):
     torch.testing.assert_close(processor(same).pixel_values[0], processor(frame).pixel_values[0])
 
 
+def test_floats_that_resampling_took_beyond_the_range_are_in_it(frame):
+    beyond = (frame / 255.0).astype(np.float32)
+    beyond[0, 0], beyond[1, 1] = 1.0000001, -0.13
+    beyond[2, 2] = 1.11
+    within = beyond.clip(0, 1)
+    one, other = (DeformVosImageProcessor()(images).pixel_values for images in (beyond, within))
+    assert torch.equal(one, other) and one.std() > 0.3
+
+
 # Frames, (height, width, channels), whose first side could be channels too.
 LOW = [(1, 120, 3), (3, 120, 3), (4, 120, 3), (3, 120, 4), (3, 120, 1), (1, 1, 3)]
 

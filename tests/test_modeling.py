@@ -193,6 +193,9 @@ def test_absent_objects_are_masked_and_do_not_matter(tiny_model):
     alone = tiny_model(pixel_values, masks, 1).logits
     assert (padded[:, :, 2] == MASKED_LOGIT).all()
     torch.testing.assert_close(padded[:, :, :2], alone, atol=1e-5, rtol=1e-4)
+    for wrong in (valid.float(), valid.long(), valid[:, :1], valid[:1], torch.ones(2, 5, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"`object_valid` must be \(2, 2\) of bool, got "):
+            tiny_model(pixel_values, masks, 2, object_valid=wrong)
 
 
 def test_teacher_forcing_decides_what_enters_memory(tiny_model):

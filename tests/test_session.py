@@ -919,6 +919,20 @@ def test_mistakes_are_named(mistake, tiny_processor, tiny_clip):
         act(tiny_processor.init_video_session(), tiny_processor, *[part[0] for part in tiny_clip])
 
 
+@pytest.mark.parametrize(
+    ("asked", "own", "fits"),
+    [("cuda", "cuda:1", True), ("cuda:1", "cuda:1", True), ("cuda:0", "cuda", True), ("cuda:1", "cuda:0", False)],
+)
+def test_a_session_computes_where_its_model_is(asked, own, fits, tiny_model, tiny_processor, monkeypatch):
+    """No device is needed to tell whether two are the same; the next error is that there is none here."""
+    session = tiny_processor.init_video_session()
+    session.inference_device = torch.device(asked)
+    monkeypatch.setattr(type(tiny_model), "device", torch.device(own))
+    with pytest.raises((RuntimeError, AssertionError, ValueError)) as caught:
+        session._pixel_values(tiny_model, torch.zeros(3, 97, 161), 0)
+    assert ("move one of them" in str(caught.value)) is not fits
+
+
 def give_then_empty(session, processor, ids):
     processor.add_inputs_to_inference_session(session, 0, [1], [ids == 1])
     processor.add_inputs_to_inference_session(session, 0, [1], [np.zeros(SIZE, bool)])

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch._dynamo
 from transformers.utils import logging
 
 from ..evaluation.runner import count_parameters
@@ -242,10 +243,22 @@ def compile_parts(model, compiler: str = "inductor"):
     """
     if model.device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
         raise ValueError('The backend "compile" needs a C++ compiler on a CPU, and none was found; install g++.')
+    # A layer has half a dozen forms (1 to 3 frames remembered, the last one among them or not) for each number of
+    # groups, and all layers share their code: beyond the usual 8 forms, PyTorch would run further ones uncompiled.
+    torch._dynamo.config.recompile_limit = 256
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     parts = [model.backbone, model.token_projection, *model.layers, model.identity_bank, model.decoder]
     for part in parts:
         # Not `part.compile()`: hooks, which tell the stages apart, would become part of the graph.
         part.forward = torch.compile(part.forward, backend=compiler, dynamic=False)
 
 
-__all__ = ["BACKENDS", "DTYPES", "Engine", "EngineConfig", "compile_parts", "load_engine"]
+def forget_compiled():
+    """
+    Drop what was compiled for other frames or numbers of objects, before a case of its own: PyTorch 2.13 stumbles
+    (IndexError) when it explains to itself why what was compiled for three remembered frames does not fit one.
+    """
+    torch._dynamo.reset()
+
+
+__all__ = ["BACKENDS", "DTYPES", "Engine", "EngineConfig", "compile_parts", "forget_compiled", "load_engine"]

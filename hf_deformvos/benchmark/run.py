@@ -9,7 +9,7 @@ import torch
 from ..inference import hash_weights
 from . import report
 from .clip import Clip, write_clip
-from .engine import Engine, EngineConfig, load_engine
+from .engine import Engine, EngineConfig, forget_compiled, load_engine
 from .peers import compare_with_peers
 from .processes import measure_memory, measure_start
 from .roofline import MachineRates, compare, count_work, measure_rates
@@ -50,6 +50,7 @@ def run_benchmark(
     folder: Path,
     say: Callable[[str], None] = lambda line: None,
     preset: str | None = None,
+    keep: Callable[[dict], None] = lambda result: None,
 ) -> dict:
     """
     Measure, one thing at a time.
@@ -60,6 +61,7 @@ def run_benchmark(
         folder (`Path`): where clips are written.
         say (`Callable[[str], None]`): gets lines for people as cases are done.
         preset (`str`, *optional*): the preset's name, for the record.
+        keep (`Callable[[dict], None]`): gets the report as far as it is, whenever something was measured.
 
     Returns:
         `dict`: the report, as docs/BENCHMARK.md describes it.
@@ -81,15 +83,19 @@ def run_benchmark(
         wanted = engine.num_warmup_frames + plan.num_frames + 1
         clip = write_clip(folder / f"{height}x{width}.mp4", height, width, wanted, most_objects)
         for num_objects in plan.objects:
+            forget_compiled()
             case = _measure_case(engine, clip, num_objects, plan, rates)
             result["cases"].append(case)
             for line in report.case_lines(case):
                 say(line)
+            keep(result)
         if plan.peers_python:
             for num_objects in plan.peer_objects:
+                forget_compiled()
                 result.setdefault("peers", []).append(_measure_peers(engine, clip, num_objects, plan))
                 for line in report.peer_lines(result["peers"][-1]):
                     say(line)
+                keep(result)
     if "start" not in plan.skip:
         result["start"] = measure_start(config, clip)
     return result

@@ -54,7 +54,9 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--skip", metavar="PART[,PART]", type=_parts, default=[], help=f"leave out {', '.join(_PARTS)}"
     )
-    parser.add_argument("--json", metavar="FILE", help="write every number")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write every number, as soon as it is measured; it is marked until it is whole"
+    )
     parser.add_argument("--plot", metavar="FILE", help="draw it as .png, .svg or .pdf (needs matplotlib)")
     peers = parser.add_argument_group(
         "peers", "EdgeTAM and SAM 2.1 tiny of transformers with random weights, in turn with ours"
@@ -130,9 +132,15 @@ def run(arguments: argparse.Namespace) -> int:
         peer_objects=arguments.peer_objects,
         num_peer_frames=arguments.peer_frames,
     )
+    command = command_of(arguments)
+
+    def keep(result: dict) -> None:
+        if arguments.json:
+            write_json(arguments.json, {**result, "command": command, "complete": False})
+
     with tempfile.TemporaryDirectory() as folder:
-        result = run_benchmark(config, plan, Path(folder), say=_say, preset=arguments.preset)
-    result["command"] = command_of(arguments)
+        result = run_benchmark(config, plan, Path(folder), say=_say, preset=arguments.preset, keep=keep)
+    result["command"] = command
     if "rates" in result:
         print(report.rates_line(result["rates"]))
     if "start" in result:

@@ -83,6 +83,7 @@ def export_model(
     if not isinstance(loaded, DeformVosModel):
         raise ValueError(f"{model} is an exported model itself; export the model that it was made from.")
     processor = AutoProcessor.from_pretrained(str(model))
+    _check_processor(processor.image_processor)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Written beside the target and moved there: what is under the name is whole.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
@@ -101,7 +102,7 @@ def export_model(
             write_settings(part, settings)
         _finish(part)
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(Path(folder, "replaced"))  # which goes with the temporary folder
         part.rename(target)
     return Path(out)
 
@@ -118,6 +119,15 @@ def _check_options(format: str, dtype: str, calibration):
     missing = [name for name in needed if not _is_installed(name)]
     if missing:
         raise ValueError(f"This export needs {', '.join(missing)}: `pip install {' '.join(missing)}`.")
+
+
+def _check_processor(images):
+    """An error for a processor that leaves out what an export's does."""
+    for name in ("do_resize", "do_rescale", "do_normalize"):
+        if not getattr(images, name, True):
+            raise ValueError(
+                f"An export resizes, rescales and normalises frames; the model's processor has {name}=False."
+            )
 
 
 def _is_installed(name: str) -> bool:

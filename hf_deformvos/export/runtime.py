@@ -111,6 +111,8 @@ class ExportedProcessor(OnnxDeformVosProcessor):
         """Open a session; see [`DeformVosProcessor.init_video_session`]. On the CPU, in float32."""
         if dtype not in (None, "float32", torch.float32):
             raise ValueError(f"An exported model takes float32 frames, got {dtype}; export it with another `dtype`.")
+        if device is not None and torch.device(device).type != "cpu":
+            raise ValueError(f"An exported model computes on the CPU, got `device` {device}; leave it out.")
         return super().init_video_session(video, short_side, memory_interval, long_term_slots)
 
     def post_process_masks(self, masks, original_sizes: list[tuple[int, int]], binarize: bool = True) -> list:

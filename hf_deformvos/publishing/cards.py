@@ -297,8 +297,10 @@ def _benchmark_parts(records: list[dict]) -> list[str]:
     """The tables of benchmarks: ours, and beside the peers' where they were timed."""
     if not records:
         return []
-    has_memory = any("memory" in case for record in records for case in record["cases"])
-    views = ["", *["memory"] * has_memory, *["peers"] * any("peers" in record for record in records)]
+    cases = [case for record in records for case in record["cases"]]
+    has_times, has_memory = (any(part in case for case in cases) for part in ("frame", "memory"))
+    has_peers = any("peers" in record for record in records)
+    views = [*[""] * has_times, *["memory"] * has_memory, *["peers"] * has_peers]
     return [measurements.BENCHMARK_VIEWS[view](records) for view in views]
 
 
@@ -412,6 +414,19 @@ def publishable_card(folder: str | Path, records: dict[str, dict], repo_id: str)
         raise ValueError(f"{folder} has no README.md and no training.json to render one from.")
     check_metadata(text, repo_id)
     return text
+
+
+def check_replaceable(readme: str | Path) -> None:
+    """
+    Raises:
+        ValueError: if a card that is to be rendered was written, or edited, by hand.
+    """
+    readme = Path(readme)
+    if readme.is_file() and not is_unedited(readme.read_text(encoding="utf-8")):
+        raise ValueError(
+            f"{readme} was written or edited by hand, and rendering it anew would lose that: move it away, or change "
+            "what it is rendered from instead."
+        )
 
 
 def check_metadata(text: str, name: str) -> None:

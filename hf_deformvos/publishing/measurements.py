@@ -44,7 +44,7 @@ def find_records(places: list[Path], weights: Path) -> dict[str, dict]:
 
     Returns:
         `dict[str, dict]`: evaluations and benchmarks by file name without `.json`; those of other weights, of other
-        kinds, of exported graphs, of a part of a benchmark, and without scores are left out.
+        kinds, of exported graphs, of a part of a benchmark, unfinished, and without scores are left out.
 
     Raises:
         ValueError: if a place is no file or folder, or a named file is no JSON or of a part of a benchmark.
@@ -62,7 +62,7 @@ def find_records(places: list[Path], weights: Path) -> dict[str, dict]:
                 raise ValueError(f"{path} is no JSON: {error}") from error
             if not isinstance(record, dict) or record.get("weights_sha256") != sha256 or "exported" in record:
                 continue
-            if is_benchmark(record):
+            if is_benchmark(record) and record.get("complete", True):
                 found[path.stem] = record
             if "totals" not in record:
                 continue

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..image_processing_deformvos import DeformVosImageProcessor
 from ..modeling_deformvos import DeformVosModel
 from ..processing_deformvos import DeformVosProcessor
-from .cards import read_json, render_card
+from .cards import check_replaceable, read_json, render_card
 from .measurements import sha256_of
 
 
@@ -59,10 +59,11 @@ def release_run(
         `dict`: what `training.json` holds.
 
     Raises:
-        ValueError: if a run has no results, holds no DeformVOS model, did not start from weights to blend with, or
-            started from others than the runs that it is averaged with.
+        ValueError: if the folder's card was edited by hand, a run has no results, holds no DeformVOS model, did not
+            start from weights to blend with, or started from others than the runs that it is averaged with.
     """
     run, folder = Path(run), Path(folder)
+    check_replaceable(folder / "README.md")
     results = read_json(run / "all_results.json")
     recorded = {name: results[name] for name in ("initialised_from", "backbone", "teacher") if name in results}
     names = data if data is not None else data_names(results["config"])
@@ -162,8 +163,9 @@ def data_names(config: dict) -> list[str]:
 
 
 def write_card(folder: str | Path, records: dict[str, dict]) -> Path:
-    """Render a release folder's README.md, see [`cards.render_card`]; its path."""
+    """Render a release folder's README.md, see [`cards.render_card`], unless it was edited by hand; its path."""
     path = Path(folder) / "README.md"
+    check_replaceable(path)
     path.write_text(render_card(folder, records), encoding="utf-8")
     return path
 

@@ -502,8 +502,8 @@ class Workspace:
             if whole and has_result and not (video.found_folder / name).exists():
                 shutil.copyfile(video.masks_folder / name, video.found_folder / name)
             write_palette_png(video.marks_folder / name, ids, PALETTE)
-        present = np.unique(ids[ids > 0]).tolist()
-        video.marked[frame_idx] = _Mark(whole, frozenset(present))
+            present = np.unique(ids[ids > 0]).tolist()
+            video.marked[frame_idx] = _Mark(whole, frozenset(present))
         for obj_id in present:
             self.names.setdefault(obj_id, f"Object {obj_id}")
         if whole and has_result:

@@ -37,6 +37,7 @@ from hf_deformvos import DeformVosModel
 from hf_deformvos.data import augment_clips
 from hf_deformvos.evaluation.runner import describe_hardware
 from hf_deformvos.training import TrainingConfig
+from hf_deformvos.training.config import native_precision
 from hf_deformvos.training.distillation_task import DistillationTask, DistillationWeights
 from hf_deformvos.training.models import Teacher, build_student
 from hf_deformvos.training.sources import open_data
@@ -63,7 +64,7 @@ def gradient_of(task: DistillationTask, batch, seed: int, term: str | None, plan
     task.weights = DistillationWeights(**{name: float(name == term) for name in TERMS})
     task.ce_weight = task.jaccard_weight = 0.5 if term is None else 0.0
     task.student.zero_grad(set_to_none=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=native_precision() == "bf16"):
         losses = task(batch, plan, torch.Generator().manual_seed(seed))
     losses["loss"].backward()
     parameters = [p for p in task.student.parameters() if p.requires_grad]
@@ -114,7 +115,8 @@ def main(arguments: list[str] | None = None) -> int:
     settings = {**read_table(TABLE, []).train, "davis_dirs": options.davis, "static_dirs": options.static}
     config = TrainingConfig(**settings, cache_dir=options.cache)
     teacher = Teacher(options.teacher).model
-    path, hardware = options.json or RECORD, describe_hardware(torch.device("cpu"), "bfloat16", options.threads, 1)
+    path, dtype = options.json or RECORD, "bfloat16" if native_precision() == "bf16" else "float32"
+    hardware = describe_hardware(torch.device("cpu"), dtype, options.threads, 1)
     head = {
         "command": "python scripts/measure_gradients.py",
         "teacher": describe_model(options.teacher),

@@ -281,7 +281,8 @@ def _score(name: str, record: dict, provenance: dict, markers: bool) -> dict:
         begin, end = (f"<!-- numbers:{name}{suffix}:{side} -->" for side in ("begin", "end"))
         return f"{begin}\n{text}\n{end}" if markers else text
 
-    has_sequences = "--preset" not in _choices(record)
+    # A table for each of a dozen ways to use the model would bury the two that matter.
+    has_sequences = _choices(record) in ("", "--adapt")
     return {
         "title": _title(record),
         "source": None if _own_set(record) else provenance["benchmarks"].get(record["dataset"]["name"]),

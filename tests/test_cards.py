@@ -163,7 +163,7 @@ def test_a_score_says_what_it_traded(student, options, shown):
     record["totals"] = record["totals"] | {"adaptation_seconds_median": 34.6}
     text = cards.render_card(student, {name: record}, REPO)
     assert shown in text and "(2 threads) after 35 seconds of adaptation to each (median)" in text
-    assert ("| blackswan |" in text) == ("--preset" not in options)
+    assert ("| blackswan |" in text) == (options == "--adapt --threads 2")
     # What the Hub lists is the model as it is.
     assert "results" not in ModelCard(text).data.to_dict().get("model-index", [{}])[0]
 

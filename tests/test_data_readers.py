@@ -695,5 +695,5 @@ def test_without_the_package_the_message_says_what_to_install(tmp_path, options,
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", blocked)
-    with pytest.raises(ValueError, match=r"need the package `datasets`.*pip install 'hf-deformvos\[train\]'"):
+    with pytest.raises(ValueError, match=r"need the package `datasets`.*`pip install datasets`"):
         load_hub_dataset(tmp_path, **options)

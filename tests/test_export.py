@@ -265,7 +265,7 @@ def test_the_released_student(format, tmp_path, one_thread):
 def test_a_processor_that_does_less_is_not_exported(switch, tiny_dir, tmp_path, without_graphs):
     shutil.copytree(tiny_dir, tmp_path / "model")
     DeformVosProcessor(DeformVosImageProcessor(**{switch: False})).save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match=f"got a processor with {switch}=False"):
+    with pytest.raises(ValueError, match=f"the model's processor has {switch}=False"):
         export_model(tmp_path / "model", tmp_path / "out")
 
 

@@ -856,7 +856,6 @@ MISTAKES = {
         "`own_masks_from` must not lie behind `own_masks_until`, got 0.9 and 0.1",
     ),
     "unknown maps": (["--att_maps", "self", "cross"], "some of long_term, short_term, self, got ["),
-    "parts of nothing": (["--init_except", "offset"], "`init_except` ['offset'] does nothing without `init_from`"),
     "freeze what": (["--freeze_until", "0.5"], "`freeze_until` 0.5 does nothing without `freeze`"),
     "stream of folders": (["--dataset_streaming"], "`dataset_streaming` True does nothing without `dataset_names`"),
     "name without a push": (["--hub_model_id", "a/b"], "`hub_model_id` 'a/b' does nothing without `push_to_hub`"),

@@ -400,7 +400,6 @@ class TrainingConfig:
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("`push_to_hub` needs `hub_model_id`, the repository to upload to.")
         for name, needed, is_idle in (
-            ("init_except", "init_from", self.init_except and not self.init_from),
             ("freeze_until", "freeze", self.freeze_until < 1 and not self.freeze),
             ("dataset_streaming", "dataset_names", self.dataset_streaming and not self.dataset_names),
             ("dataset_max_sequences", "dataset_names", self.dataset_max_sequences and not self.dataset_names),

@@ -2,7 +2,7 @@
 """
 Trains a DeformVOS student: `accelerate launch train_distill.py [config.json | config.yaml] [--flags]`.
 
-Without any argument, it distils the bundled teacher into a small student on the example clip, in about a minute.
+Without any argument, it distils the bundled teacher into a small student on the example clip, in one to two minutes.
 """
 
 from __future__ import annotations

@@ -691,9 +691,10 @@ def test_two_processes_through_accelerate_launch_equal_one(taught_run):
     assert train_distill.main([config, *one_flags]) == 0
     ours, theirs = log_of(both), log_of(one)
     assert [line["step"] for line in ours] == [1, 2, 3, 4]
-    for line, other in zip(ours, theirs, strict=True):
+    # AdamW moves weights by the sign of tiny gradients, which the order of sums decides.
+    for line, other, tolerance in zip(ours, theirs, [1e-5, 1e-3, 1e-3, 1e-3], strict=True):
         for name in (name for name in other if name.startswith("loss")):
-            assert line[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), (line["step"], name)
+            assert line[name] == pytest.approx(other[name], rel=tolerance, abs=1e-5), (line["step"], name)
     assert json.loads((both / "all_results.json").read_text())["clips"] == 8
     weights, others = load_file(both / "model.safetensors"), load_file(one / "model.safetensors")
     for name, value in weights.items():

@@ -776,7 +776,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize(("format", "graph"), [("onnx", "read.onnx"), ("torch", "read.pt2")])
+@pytest.mark.parametrize(("format", "graph"), [("onnx", "read.onnx"), ("torch", "encode.pt2")])
 def test_damaged_files_are_named(damage, format, graph, request, tmp_path):
     folder = shutil.copytree(request.getfixturevalue(f"{format}_dir"), tmp_path / "out")
     file = damage.format(graph=graph).split()[0]

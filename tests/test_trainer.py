@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -759,51 +758,6 @@ def test_accelerate_launch_trains_a_model_that_loads(tiny_run):
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     # A run can be measured as its release will be: small videos are enlarged alike.
     assert AutoProcessor.from_pretrained(tiny_run / "launched").image_processor.max_enlargement == MAX_ENLARGEMENT
-
-
-@pytest.mark.slow
-def test_killed_and_resumed_equals_uninterrupted(tiny_run):
-    config, killed = str(tiny_run / "config.json"), tiny_run / "killed"
-    # Long enough not to be over before a busy machine comes to kill it.
-    flags = [config, "--max_train_steps", "30"]
-    command = [sys.executable, "train_distill.py", *flags, "--output_dir", str(killed)]
-    with open(tiny_run / "killed.log", "w") as log:
-        process = subprocess.Popen(command, env=command_env(), cwd=ROOT, stdout=log, stderr=log)
-        while not (killed / "checkpoint-2").exists() and process.poll() is None:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert process.returncode == -signal.SIGKILL, (tiny_run / "killed.log").read_text()[-3000:]
-    assert not (killed / "all_results.json").exists()
-    assert train_distill.main([*flags, "--output_dir", str(killed), "--resume_from_checkpoint", "latest"]) == 0
-    whole = tiny_run / "whole"
-    assert train_distill.main([*flags, "--output_dir", str(whole)]) == 0
-    assert sha256(killed / "model.safetensors") == sha256(whole / "model.safetensors")
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one_with_the_same_batches(tiny_run):
-    """
-    Batch n is the same whoever draws it, so two processes are one that accumulates two batches a step. Only the order
-    of sums differs: the first step's losses agree to 1e-5, later ones to 1e-3 and weights to 2e-3, because AdamW moves
-    weights by the sign of tiny gradients.
-    """
-    config, both, one = str(tiny_run / "config.json"), tiny_run / "both", tiny_run / "one"
-    ran = launch(
-        *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"),
-        *("train_distill.py", config, "--output_dir", str(both)),
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    assert train_distill.main([config, "--output_dir", str(one), "--gradient_accumulation_steps", "2"]) == 0
-    ours, theirs = log_of(both), log_of(one)
-    assert [line["step"] for line in ours] == [1, 2, 3, 4]
-    for line, other, tolerance in zip(ours, theirs, [1e-5, 1e-3, 1e-3, 1e-3], strict=True):
-        assert line["loss"] == pytest.approx(other["loss"], rel=tolerance)
-        assert line["loss_ce"] == pytest.approx(other["loss_ce"], rel=tolerance)
-    assert json.loads((both / "all_results.json").read_text())["clips"] == 8
-    weights, others = load_file(both / "model.safetensors"), load_file(one / "model.safetensors")
-    for name, value in weights.items():
-        assert torch.allclose(value, others[name], atol=2e-3), name
 
 
 def test_files_are_settings_and_flags_override_them(tmp_path):

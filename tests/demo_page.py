@@ -254,9 +254,15 @@ class DemoPage:
         self.wait_for_editor()
 
     def download(self, name: str, folder: Path) -> Path:
-        """The file behind one of the buttons get_overlay, get_masks and get_record."""
-        with self.page.expect_download() as waiting:
-            self.find(f"#{name}").click()
+        """
+        The file behind one of the buttons get_overlay, get_masks and get_record; once more where it was replaced by a
+        newer one while it was fetched.
+        """
+        for _ in range(5):
+            with self.page.expect_download() as waiting:
+                self.find(f"#{name}").click()
+            if waiting.value.failure() is None:
+                break
         path = folder / waiting.value.suggested_filename
         waiting.value.save_as(path)
         return path

@@ -181,8 +181,14 @@ def check_names(models: Iterable[str | Path]) -> None:
 
 def check_head(record: dict, entries: str, head: dict) -> None:
     """`EvidenceError` where a record holds entries that were measured in another way than its head would say."""
-    changed = sorted(name for name in head if name in record and record[name] != head[name])
-    if record.get(entries) and changed:
+    if record.get(entries):
+        _check_same({name: record[name] for name in head if name in record}, head)
+
+
+def _check_same(before: dict, now: dict) -> None:
+    """`EvidenceError` where settings have changed: figures that do not compare stay apart."""
+    changed = sorted(name for name, value in before.items() if now.get(name) != value)
+    if changed:
         raise EvidenceError(
             f"The record was measured with other settings ({', '.join(changed)}): name another with --json, or remove "
             "it to measure everything anew."
@@ -196,12 +202,8 @@ def open_model(record: dict, settings: dict, model: str | Path) -> dict:
     Raises:
         EvidenceError: If the record was measured with other settings: figures that do not compare stay apart.
     """
-    if record.setdefault("settings", settings) != settings:
-        changed = sorted(name for name in settings if record["settings"].get(name) != settings[name])
-        raise EvidenceError(
-            f"The record was measured with other settings ({', '.join(changed)}): name another with --json, or remove "
-            "it to measure everything anew."
-        )
+    before = record.setdefault("settings", settings)
+    _check_same({name: before.get(name) for name in {*before, *settings}}, settings)
     described = describe_model(model)
     models = record.setdefault("models", {})
     if models.get(described["name"], {}).get("sha256") != described["sha256"]:

@@ -5,10 +5,15 @@ from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 BACKBONES = ("mobilenet_v2", "dinov2")
 SHORT_TERM_FORMS = ("query", "grid")
+# What config.json may hold, or transformers pass, besides what the class knows.
+_EXTRAS = {"attn_implementation", "auto_map", "experts_implementation", "name_or_path", "torch_dtype"}
 
 
 class InstalledPipelines(dict):
@@ -117,6 +122,16 @@ class DeformVosConfig(PreTrainedConfig):
     long_term_slots: int = 3
     memory_interval: int = 8
     layer_norm_eps: float = 1e-5
+
+    def __post_init__(self, **kwargs):
+        unknown = [
+            name for name in kwargs if not (name in _EXTRAS or name.startswith("_") or hasattr(type(self), name))
+        ]
+        if unknown:
+            logger.warning(
+                f"A DeformVOS configuration has no {', '.join(unknown)}: a misspelt field keeps its default."
+            )
+        super().__post_init__(**kwargs)
 
     @property
     def custom_pipelines(self) -> dict:

@@ -212,9 +212,9 @@ def load_checkpoint(name: str, device: str | None = None, overrides: dict | None
     if overrides:
         if "dtype" in overrides:
             raise ValueError(f"`dtype` cannot be overridden, got {overrides['dtype']!r}: --dtype sets the precision.")
-        unknown = sorted(set(overrides) - set(AutoConfig.from_pretrained(name).to_dict()))
+        unknown = sorted(set(overrides) - set(type(AutoConfig.from_pretrained(name))().to_dict()))
         if unknown:
-            raise ValueError(f"The configuration of {name} has no field {', '.join(unknown)}; see its config.json.")
+            raise ValueError(f"The configuration of {name} has no field {', '.join(unknown)}; see DeformVosConfig.")
     # Weights of another shape are named below, with those that are missing.
     options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:

@@ -576,7 +576,7 @@ def test_a_fresh_student_takes_over_what_is_not_excepted(tmp_path, warnings_of_p
     (tmp_path / "student.json").write_text(json.dumps({**TINY_CONFIG, "hiden_size": 32}))
     fresh = {"student": str(tmp_path / "student.json"), "init_from": str(tmp_path / "given")}
     student = build_student(settings(tmp_path, **fresh, init_except=["decoder.classifier", "identity_bank"]))
-    assert "no model has hiden_size" in warnings_of_package.text
+    assert "has no hiden_size" in warnings_of_package.text
     for name, value in student.state_dict().items():
         if name.startswith(("decoder.classifier.weight", "identity_bank.embed.weight")):
             assert not torch.equal(value, given.state_dict()[name]), name
@@ -644,13 +644,16 @@ def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(taught_run):
     # Far enough from the end not to be over before a busy machine comes to kill it.
     stop, steps = random.SystemRandom().randint(3, 12), 30
     config = [str(taught_run / "config.json"), "--max_train_steps", str(steps)]
-    command = [sys.executable, "train_distill.py", *config, "--output_dir", str(killed)]
+    threads = ["--num_cpu_threads_per_process", str(torch.get_num_threads())]
+    launched = ["accelerate.commands.launch", "--cpu", "--num_processes", "1", *threads, "train_distill.py"]
+    command = [sys.executable, "-m", *launched, *config, "--output_dir", str(killed)]
     with open(taught_run / "killed.log", "w") as log:
-        process = subprocess.Popen(command, env=command_env(), cwd=ROOT, stdout=log, stderr=log)
+        run = {"env": command_env(), "cwd": ROOT, "stdout": log, "stderr": log}
+        process = subprocess.Popen(command, start_new_session=True, **run)
         path = killed / "log.jsonl"
         while process.poll() is None and (not path.exists() or len(path.read_text().splitlines()) < stop):
             time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)  # launcher and run
         process.wait()
     assert process.returncode == -signal.SIGKILL, (taught_run / "killed.log").read_text()[-3000:]
     # As if it had been killed while writing, too.

@@ -401,6 +401,16 @@ def test_configuration_is_validated(change, message):
         DeformVosConfig(**change)
 
 
+def test_a_misspelt_field_is_warned_of(tmp_path, warnings_of_package):
+    config = DeformVosConfig(**TINY_CONFIG, num_labels=3, torch_dtype="float32", output_attentions=True)
+    config.save_pretrained(tmp_path)
+    DeformVosModel(DeformVosConfig.from_pretrained(tmp_path)).save_pretrained(tmp_path)
+    DeformVosModel.from_pretrained(tmp_path, attn_implementation="eager", output_hidden_states=True)
+    assert warnings_of_package.text == ""
+    DeformVosConfig(long_term_slot=5)
+    assert "has no long_term_slot: a misspelt field keeps its default" in warnings_of_package.text
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

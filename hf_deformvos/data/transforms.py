@@ -236,7 +236,10 @@ def _coarse_size(size: tuple[int, int]) -> tuple[int, int]:
 def _elastic(
     is_static: torch.Tensor, frames: int, size: tuple[int, int], config: AugmentConfig, generator: torch.Generator
 ) -> torch.Tensor | None:
-    """Smooth displacements `(batch, frames, 2, coarse_height, coarse_width)`, in grid units, growing over frames."""
+    """
+    Smooth displacements `(batch, frames, 2, coarse_height, coarse_width)`, in grid units, growing over frames: a
+    random field of 4x6 points, which bends as thin-plate splines do and needs no system of equations a clip.
+    """
     batch = is_static.shape[0]
     velocity = torch.randn(batch, frames, 2, 4, 6, generator=generator)
     amount = torch.exp(uniform(generator, batch, low=math.log(0.1), high=0.0)) * config.elastic * is_static

@@ -287,6 +287,7 @@ def _score(name: str, record: dict, provenance: dict, markers: bool) -> dict:
         "title": _title(record),
         "source": None if _own_set(record) else provenance["benchmarks"].get(record["dataset"]["name"]),
         "is_validation": record["dataset"]["split"] == "val" and not _own_set(record),
+        "is_adapted": "--adapt" in _choices(record),
         "has_root": "--root" in record["command"],
         "means": block("", measurements.render_means(record)),
         "sequences": block(".sequences", measurements.render_sequences(record)) if has_sequences else None,

@@ -22,8 +22,6 @@ from .task import SegmentationTask
 logger = logging.get_logger(__name__)
 
 _BUNDLED = "hub_cards/"
-# What config.json may hold besides the settings of a model.
-_CONFIG_EXTRAS = {"auto_map", "custom_pipelines", "torch_dtype"}
 
 
 def _load_model(source: str, setting: str) -> DeformVosModel:
@@ -40,16 +38,13 @@ def _load_model(source: str, setting: str) -> DeformVosModel:
 
 
 def read_model_config(path: str) -> DeformVosConfig:
-    """The configuration of a fresh model; what it holds that no model has is warned of."""
+    """The configuration of a fresh model."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"`student` {path!r} must be a model's configuration in JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"`student` {path!r} must map a model's settings to values, got {type(values).__name__}.")
-    unknown = sorted(set(values) - set(DeformVosConfig().to_dict()) - _CONFIG_EXTRAS)
-    if unknown:
-        logger.warning(f"{path}: no model has {', '.join(unknown)}; what they should set stays as it is by default.")
     return DeformVosConfig(**values)
 
 

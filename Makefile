@@ -27,7 +27,7 @@ FULL := $(VENV)/.installed-full
 INSTALL = $(BIN)/python -m pip install -c constraints.txt $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env segment demo browser graphics test check style numbers numbers-check clean
+.PHONY: help env segment demo browser graphics test check style numbers numbers-all numbers-check clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -103,6 +103,10 @@ style: $(FULL)  ## repair what lint and format can repair
 numbers: $(FULL)  ## measure the student on DAVIS-2016 val, and its budget, and write both: make numbers DATA=folder
 	@test -n "$(DATA)" || { echo "error: DATA is empty: name the folder that holds davis2016-val, as in make numbers DATA=~/data" >&2; exit 2; }
 	$(BIN)/python scripts/update_numbers.py measure --data "$(DATA)" --model $(MODEL) --budget -- $(EVAL_ARGS)
+
+numbers-all: $(FULL)  ## measure every evaluation on record again, as it was, for hours: make numbers-all DATA=folder
+	@test -n "$(DATA)" || { echo "error: DATA is empty: name the folder that holds davis2016-val, as in make numbers-all DATA=~/data" >&2; exit 2; }
+	$(BIN)/python scripts/update_numbers.py remeasure --data "$(DATA)"
 
 numbers-check: $(FULL)  ## the texts state what was measured, with these very weights
 	$(BIN)/python scripts/update_numbers.py check

@@ -1,6 +1,7 @@
 """Measure the figures that the texts state, record where each comes from, and keep the texts true to the record.
 
     python scripts/update_numbers.py measure --data DIR    evaluate, write docs/numbers/*.json, then render
+    python scripts/update_numbers.py remeasure --data DIR  every such record again, as it was, or those named
     python scripts/update_numbers.py recount               count the recorded models' parameters anew, then render
     python scripts/update_numbers.py render                write the figures of the JSON files into the texts
     python scripts/update_numbers.py check                 exit 1 and say where texts, JSON files and weights disagree
@@ -27,6 +28,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -452,6 +454,22 @@ def measure(
     return output
 
 
+def remeasure(data: Path, names: list[str], root: Path = ROOT) -> Iterator[Path]:
+    """Measure the records of these names, or all that [`measure`] wrote, again as their commands say; their paths."""
+    measured = {name: record for name, record in load_records(root).items() if "-davis2016-val" in name}
+    unknown = sorted(set(names) - set(measured))
+    if unknown:
+        raise NumbersError(f"{unknown[0]} is no record of an evaluation; there are {', '.join(measured)}")
+    for name in names or measured:
+        record = measured[name]
+        options = shlex.split(record["command"].rpartition("deformvos evaluate ")[2])
+        for option in ("--model", "--dataset", "--split", "--root"):
+            place = options.index(option)
+            del options[place : place + 2]
+        suffix = name.partition("-davis2016-val")[2].lstrip("-")
+        yield measure(data, record["model"], options, suffix, record.get("exported"), root)
+
+
 def run_deformvos(*arguments: str, root: Path):
     """A command of this checkout."""
     subprocess.run([sys.executable, "-m", "hf_deformvos", *arguments], check=True, cwd=root)
@@ -485,6 +503,9 @@ def main(arguments: list[str] | None = None) -> int:
     measuring.add_argument("--exported", metavar="DTYPE", help="measure the export to ONNX: float32 or int8")
     measuring.add_argument("--budget", action="store_true", help="measure what the architecture costs, too")
     measuring.add_argument("extra", nargs="*", help="after --, further options of `deformvos evaluate`")
+    again = commands.add_parser("remeasure", help="evaluate every record again, as it was")
+    again.add_argument("--data", type=Path, required=True, help="folder that holds davis2016-val")
+    again.add_argument("names", nargs="*", help="records, such as deformvos-teacher-davis2016-val; by default all")
     commands.add_parser("recount", help="count the parameters of the recorded models anew, and render")
     commands.add_parser("render", help="write the recorded figures into the texts")
     commands.add_parser("check", help="compare texts, records and weights")
@@ -500,6 +521,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"Wrote {written.relative_to(ROOT)}")
             if options.budget:
                 measure_budget()
+        if options.command == "remeasure":
+            for path in remeasure(options.data.expanduser().resolve(), options.names):
+                print(f"Wrote {path.relative_to(ROOT)}")
         if options.command == "recount":
             for path in recount():
                 print(f"Counted anew: {path.relative_to(ROOT)}")

@@ -163,6 +163,12 @@ def test_what_was_measured_names_its_commands(small_repository, monkeypatch, exp
     weights = small_repository / "hub_cards" / "m" / "model.safetensors"
     assert record["weights_sha256"] == numbers.sha256_of(weights)
     assert bool(measurements.find_records([path], weights)) is (exported is None), "cards show the weights themselves"
+    ran.clear()
+    assert list(numbers.remeasure(small_repository / "data", [], root=small_repository)) == [path]
+    assert ran == (["export", "evaluate"] if exported else ["evaluate"])
+    assert json.loads(path.read_text()) == record
+    with pytest.raises(numbers.NumbersError, match="m-val is no record of an evaluation; there are m-davis2016-val-x"):
+        list(numbers.remeasure(small_repository / "data", ["m-val"], root=small_repository))
 
 
 def test_numbers_not_measured_are_said_to_be_so(small_repository):

@@ -155,12 +155,15 @@ class MobileNetV2Backbone(nn.Module):
 
 class VisionTransformerBackbone(MobileNetV2Backbone):
     """
-    A frozen ViT in DINOv2 layout for the meaning of the stride-16 tokens, beside MobileNetV2 for the detail.
+    A ViT in DINOv2 layout for the meaning of the stride-16 tokens, beside MobileNetV2 for the detail.
 
     A ViT has no features at strides 4 and 8. MobileNetV2 as its detail stem costs little beside it, is pretrained, and
     has a student's parameter names, so that a teacher may start from a trained student. The token grid is
     MobileNetV2's: the frame is padded by half a stride so that the centre of patch (i, j) falls on pixel (16i, 16j),
     then resized from 16 pixels a token to the ViT's patch size.
+
+    The ViT is always in evaluation mode. [`~VisionTransformerBackbone.freeze_pretrained`] takes it out of training, as
+    this package's trainer does; another training loop calls it itself.
     """
 
     def __init__(self, config: DeformVosConfig):
@@ -168,6 +171,10 @@ class VisionTransformerBackbone(MobileNetV2Backbone):
         vit_config = Dinov2Config(**(config.backbone_config or {}))
         self.patch_size = vit_config.patch_size
         self.vit = Dinov2Backbone(vit_config)
+        # No output depends on these: where gradients are gathered from several processes, they would be waited for.
+        for name, parameter in self.vit.named_parameters():
+            if "mask_token" in name or (name.startswith("layernorm.") and not vit_config.apply_layernorm):
+                parameter.requires_grad_(False)
         self.channels = (*self.channels, vit_config.hidden_size * len(self.vit.channels))
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -184,7 +191,7 @@ class VisionTransformerBackbone(MobileNetV2Backbone):
         return *super().forward(pixel_values), torch.cat(blocks, dim=1)
 
     def train(self, mode: bool = True):
-        """As in MobileNetV2; the ViT, which is frozen, stays in evaluation mode as well."""
+        """As in MobileNetV2; the ViT stays in evaluation mode as well."""
         super().train(mode)
         self.vit.eval()
         return self

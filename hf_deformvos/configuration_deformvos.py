@@ -1,6 +1,9 @@
 """Configuration of DeformVOS: teacher and student are two configurations of one model class."""
 
 import copy
+import os
+import shutil
+from pathlib import Path
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -27,6 +30,24 @@ class InstalledPipelines(dict):
         return False
 
 
+def copy_code_with(holder, save_directory: str | os.PathLike):
+    """
+    Put this code beside a configuration that names it, where transformers does not: for a checkpoint that came with
+    its code and was loaded with the installed package.
+
+    Args:
+        holder: the configuration or processor that is saved.
+        save_directory (`str` or `os.PathLike`): the folder.
+    """
+    if not getattr(holder, "auto_map", None) or holder._auto_class is not None:
+        return
+    os.makedirs(save_directory, exist_ok=True)
+    for source in Path(__file__).parent.glob("*_deformvos.py"):
+        target = Path(save_directory) / source.name
+        if not target.exists() or target.read_bytes() != source.read_bytes():
+            shutil.copyfile(source, target)
+
+
 @strict
 class DeformVosConfig(PreTrainedConfig):
     r"""
@@ -36,7 +57,7 @@ class DeformVosConfig(PreTrainedConfig):
 
     Args:
         backbone (`str`, defaults to `"mobilenet_v2"`):
-            Image encoder: `"mobilenet_v2"`, or `"dinov2"` (a frozen ViT, with MobileNetV2 as its detail stem).
+            Image encoder: `"mobilenet_v2"`, or `"dinov2"` (a ViT, with MobileNetV2 as its detail stem).
         backbone_config (`dict`, *optional*):
             Arguments of `transformers.Dinov2Config` when `backbone="dinov2"`; `out_indices` names the blocks whose
             outputs are read.
@@ -154,6 +175,11 @@ class DeformVosConfig(PreTrainedConfig):
         (loaded[0] if isinstance(loaded, tuple) else loaded).validate()
         return loaded
 
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As in transformers; where the file names code, that is beside it."""
+        copy_code_with(self, save_directory)
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
     def validate_architecture(self):
         """Check the rules that bind fields to each other, and the ranges of single ones."""
         _require_choice("backbone", self.backbone, BACKBONES)
@@ -166,7 +192,7 @@ class DeformVosConfig(PreTrainedConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         for name in ("max_offset", "max_displacement", "layer_norm_eps"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
         if self.short_term_window < 1 or self.short_term_window % 2 == 0:
             raise ValueError(f"`short_term_window` must be odd and at least 1, got {self.short_term_window}.")

@@ -1,7 +1,7 @@
 """Frames to what the network takes, without torchvision: sides of the form 16k+1, ImageNet's mean and deviation."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from numbers import Integral
 
 import numpy as np
@@ -18,10 +18,12 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
+from .configuration_deformvos import copy_code_with
+
 
 STRIDE = 16
 CHANNELS = (1, 3, 4)
-# Resampling overshoots: floats a little beyond 0..1 are in that range still. A frame of 0..255 this dark is black.
+# Resampling overshoots: floats a little beyond 0..1 are in that range still.
 OVERSHOOT = 0.5
 FRAME = (
     "a PIL image, or an array or tensor of numbers, (height, width), (height, width, channels) or (channels, height, "
@@ -56,8 +58,10 @@ class DeformVosImageProcessor(PilBackend):
 
     A frame is a PIL image of any mode, or an array or tensor `(height, width)`, `(height, width, channels)` or
     `(channels, height, width)` of 1, 3 or 4 channels, alpha being dropped: whole numbers in 0..255, or floating-point
-    numbers in 0..255 or 0..1. Sixteen-bit PIL images are brought to eight bits: those of mode `I;16` always, those of
-    mode `I` where a value exceeds 255.
+    numbers in 0..255 or 0..1, which each frame's own values tell apart: one of 0..255 in which nothing exceeds 1 has
+    to be given in whole numbers. With `do_rescale=False`, floats in 0..1 are normalised as they are, and all else in
+    0..255. Sixteen-bit PIL images are brought to eight bits: those of mode `I;16` always, those of mode `I` where a
+    value exceeds 255.
 
     Where the first side and the last may both be channels, as in a frame of three rows or columns, an array's are the
     last and a tensor's the first; `input_data_format` says otherwise.
@@ -85,9 +89,17 @@ class DeformVosImageProcessor(PilBackend):
     do_convert_rgb = True
     max_enlargement = 1.0
 
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As in transformers; where the file names code, that is beside it."""
+        copy_code_with(self, save_directory)
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
     def _standardize_kwargs(self, **kwargs) -> dict:
-        """As in transformers; sides that are no lengths are refused."""
+        """As in transformers; sides that are no lengths are refused, and what this processor does not do."""
         kwargs = super()._standardize_kwargs(**kwargs)
+        for name in ("do_center_crop", "do_pad"):
+            if kwargs.get(name):
+                raise ValueError(f"`{name}` must be left out: frames are resized whole, to sides of the form 16k+1.")
         for name, side in dict(kwargs["size"] or {}).items():
             if not isinstance(side, Integral) or side < 1:
                 raise ValueError(f'`size["{name}"]` must be a positive integer, a bound in pixels; got {side!r}.')
@@ -131,12 +143,12 @@ class DeformVosImageProcessor(PilBackend):
             raise ValueError(f'`size` needs "shortest_edge", the bound of the short side in pixels; got {size}.')
         if not 1 <= max_enlargement < math.inf:
             raise ValueError(f"`max_enlargement` must be a finite number of at least 1, got {max_enlargement}.")
-        mean = torch.tensor(image_mean if do_normalize else (0.0, 0.0, 0.0)).view(3, 1, 1)
-        deviation = torch.tensor(image_std if do_normalize else (1.0, 1.0, 1.0)).view(3, 1, 1)
-        scale = (rescale_factor if do_rescale else 1.0) / deviation
+        mean = _per_channel(image_mean if do_normalize else 0.0, "image_mean")
+        deviation = _per_channel(image_std if do_normalize else 1.0, "image_std")
         pixel_values, original_sizes = [], []
         for index, image in enumerate(images):
             frame = _to_uint8_rgb(image, index)
+            scale = (rescale_factor if do_rescale else 1 / 255 if _is_unit(image) else 1.0) / deviation
             original_sizes.append(frame.shape[:2])
             if do_resize:
                 height, width = network_size(*frame.shape[:2], size, max_enlargement)
@@ -150,6 +162,14 @@ class DeformVosImageProcessor(PilBackend):
             pixel_values = torch.stack(pixel_values)
         data = {"pixel_values": pixel_values, "original_sizes": [tuple(size) for size in original_sizes]}
         return BatchFeature(data=data, tensor_type=return_tensors, skip_tensor_conversion=["original_sizes"])
+
+
+def _per_channel(value: float | Sequence[float], name: str) -> torch.Tensor:
+    """A number, or one a channel, as `(3, 1, 1)`."""
+    numbers = torch.as_tensor(value, dtype=torch.float32)
+    if numbers.shape not in ((), (1,), (3,)):
+        raise ValueError(f"`{name}` must be one number or three, got {value!r}.")
+    return numbers.expand(3).view(3, 1, 1)
 
 
 def _each_frame(images) -> Iterator:
@@ -228,12 +248,17 @@ def _to_uint8_rgb(image: np.ndarray, index: int) -> np.ndarray:
     return np.ascontiguousarray(np.broadcast_to(frame, (*frame.shape[:2], 3)))
 
 
+def _is_unit(image: np.ndarray) -> bool:
+    """Whether these are floats in 0..1, or a little beyond."""
+    return image.dtype.kind == "f" and bool(image.min() >= -OVERSHOOT and image.max() <= 1 + OVERSHOOT)
+
+
 def _to_uint8(image: np.ndarray, name: str) -> np.ndarray:
     """Colours or greys of any usual kind in eight bits; `ValueError` for NaN, or values that are none."""
     if image.dtype.kind == "f":
         if not np.isfinite(image).all():
             raise ValueError(f"{name} holds NaN or infinite values.")
-        if image.min() >= -OVERSHOOT and image.max() <= 1 + OVERSHOOT:
+        if _is_unit(image):
             image = image.clip(0, 1) * 255
         image = np.rint(image)
     if image.dtype != np.uint8:

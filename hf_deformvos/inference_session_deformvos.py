@@ -62,6 +62,11 @@ class FrameSource:
         """Bytes of the frame held."""
         return 0 if self._held is None else self._held[1].nbytes
 
+    @property
+    def original_size(self) -> tuple[int, int]:
+        """(height, width) of the video's frames: of the one held, or of the next that can be read."""
+        return self.read(self.first_readable if self._held is None else self._held[0])[1]
+
     def read(self, frame_idx: int) -> tuple[torch.Tensor, tuple[int, int]]:
         """
         Prepared frame `(1, 3, height, width)` and its original (height, width).
@@ -205,6 +210,7 @@ class DeformVosInferenceSession:
         """Forget what was seen; the stream's position stays."""
         self._model: DeformVosModel | None = None
         self._weights_dtype: torch.dtype | None = None
+        self._computed_in: torch.dtype | None = None
         self._objects: ObjectTable | None = None
         self._memory: MemoryBank | None = None
         self._frame_size: tuple[int, int] | None = None
@@ -224,6 +230,16 @@ class DeformVosInferenceSession:
     def num_frames(self) -> int | None:
         """Number of frames of the video, where that is known."""
         return None if self.source is None else self.source.num_frames
+
+    @property
+    def video_height(self) -> int | None:
+        """Height of the video's frames in pixels, for `post_process_masks`; `None` where frames are handed over."""
+        return None if self.source is None else int(self.source.original_size[0])
+
+    @property
+    def video_width(self) -> int | None:
+        """Width of the video's frames in pixels; see [`video_height`]."""
+        return None if self.source is None else int(self.source.original_size[1])
 
     @property
     def object_ids(self) -> list[int]:
@@ -373,8 +389,8 @@ class DeformVosInferenceSession:
 
         Raises:
             ValueError: if no object is known at this frame, the frame's size differs from the frames' before it, it
-                holds NaN or infinite values, a stream is asked to go back, or the weights are of another dtype than
-                those of the frames before it.
+                holds NaN or infinite values, a stream is asked to go back, or the model is of another dtype, on
+                another device, of other layers or under another autocast than at the frames before it.
         """
         self._check_weights(model)
         self._forget_passed()
@@ -410,6 +426,24 @@ class DeformVosInferenceSession:
             raise ValueError(
                 f"The model's weights must be {self._weights_dtype}, as at the frames before, got {model.dtype}; cast "
                 "the model back, or start another session."
+            )
+        if self._is_empty:
+            return
+        previous, device = self._memory.previous, execution_device(model)
+        if previous.masks.device != device:
+            raise ValueError(
+                f"The model must lie on {previous.masks.device}, as at the frames before, got {device}; move it back, "
+                "or start another session."
+            )
+        if len(previous.layers) != len(model.layers):
+            raise ValueError(
+                f"The model must have {len(previous.layers)} propagation layers, as at the frames before, got "
+                f"{len(model.layers)}: a session follows its objects with one model."
+            )
+        if self._computed_in != self._precision(model):
+            raise ValueError(
+                f"The frames before were computed in {self._computed_in}, this one would be in "
+                f"{self._precision(model)}: stay inside or outside of `torch.autocast`, or give the session a `dtype`."
             )
 
     def _check_order(self, frame_idx: int):
@@ -481,22 +515,35 @@ class DeformVosInferenceSession:
                 f"Frame {frame_idx} is {size[0]}x{size[1]} (height x width) at network resolution, the frames before "
                 f"it {self._frame_size[0]}x{self._frame_size[1]}. A session takes frames of one size: start another."
             )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"`frame` must be normalised numbers, got {frame.dtype}: pass "
+                "`processor(images=frame).pixel_values[0]`."
+            )
         # One pass and no temporary: a sum is finite only if every pixel is.
         if not pixel_values.sum(dtype=torch.float32).isfinite():
             raise ValueError(f"Frame {frame_idx} holds NaN or infinite values.")
-        own, asked = model.device, self.inference_device or model.device
+        own = execution_device(model)
+        asked = self.inference_device or own
         if asked.type != own.type or asked.index not in (None, own.index or 0):
             raise ValueError(f"The session computes on {asked}, the model lies on {own}: move one of them.")
         return pixel_values.to(own, model.dtype, memory_format=torch.channels_last)
 
     def _autocast(self, model: DeformVosModel):
-        if self.dtype in (None, model.dtype):
+        """Of the session's own precision; without one, the caller's autocast is left as it is."""
+        if self.dtype is None:
             return nullcontext()
-        if self.dtype == torch.float32 or model.dtype.itemsize < 4:
+        if self.dtype != model.dtype and (self.dtype == torch.float32 or model.dtype.itemsize < 4):
             raise ValueError(
                 f"The session asks for {self.dtype}, the model's weights are {model.dtype}: load it in {self.dtype}."
             )
-        return torch.autocast(model.device.type, self.dtype)
+        return torch.autocast(execution_device(model).type, self.dtype, enabled=self.dtype != model.dtype)
+
+    def _precision(self, model: DeformVosModel) -> torch.dtype:
+        """What [`step`] computes in."""
+        kind = execution_device(model).type
+        surrounding = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+        return self.dtype or surrounding
 
     def _prepare_memory(self, model: DeformVosModel, frame_idx: int, given: dict[int, torch.Tensor]) -> set[int]:
         """Make room for the objects that this frame brings, and return them; the first frame makes the memory."""
@@ -508,10 +555,13 @@ class DeformVosInferenceSession:
                 f"This model's attention depends on the objects (`object_independent=False`): it follows at most "
                 f"{limit} of them, got {len(followed | joining)}."
             )
+        interval = self.memory_interval or model.config.memory_interval
+        if interval < 1:
+            raise ValueError(f"`config.memory_interval` must be at least 1, got {interval}.")
         if self._memory is None:
             self._memory = MemoryBank(self.long_term_slots or model.config.long_term_slots)
             self._objects = ObjectTable(limit)
-            self._origin, self._weights_dtype = frame_idx, model.dtype
+            self._origin, self._weights_dtype, self._computed_in = frame_idx, model.dtype, self._precision(model)
         self._model = model
         for obj_id in given:
             self._objects.add(obj_id)
@@ -799,6 +849,16 @@ def _as_device(device: torch.device | str) -> torch.device:
         return torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"`inference_device` must be a device such as cpu or cuda:0, got {device!r}.") from error
+
+
+def execution_device(model: torch.nn.Module) -> torch.device:
+    """Where a model computes: its weights' device, or that of the first hook that fetches offloaded ones."""
+    if model.device.type != "meta":
+        return model.device
+    hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
+    hooks += [inner for hook in hooks for inner in getattr(hook, "hooks", ())]
+    devices = [getattr(hook, "execution_device", None) for hook in hooks]
+    return next((torch.device(device) for device in devices if device is not None), model.device)
 
 
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:

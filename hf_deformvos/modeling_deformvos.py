@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -229,6 +230,12 @@ class DeformVosPreTrainedModel(PreTrainedModel):
         if isinstance(getattr(module, "bias", None), nn.Parameter):
             init.zeros_(module.bias)
 
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs):
+        # Reentrant checkpoints do not see tensors inside of lists, as which layers take their memory.
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True):
+            raise ValueError('Gradient checkpointing needs `{"use_reentrant": False}` here, or no arguments at all.')
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
 
 class DeformVosModel(DeformVosPreTrainedModel):
     """
@@ -406,7 +413,7 @@ class DeformVosModel(DeformVosPreTrainedModel):
         self,
         pixel_values: torch.FloatTensor | None = None,
         id_masks: torch.LongTensor | None = None,
-        num_objects: int | None = None,
+        num_objects: int | torch.LongTensor | None = None,
         object_valid: torch.BoolTensor | None = None,
         object_slots: torch.LongTensor | None = None,
         teacher_forcing: torch.BoolTensor | float = 0.0,
@@ -421,15 +428,19 @@ class DeformVosModel(DeformVosPreTrainedModel):
         r"""
         Segment a batch of clips (training), or one frame of a session (inference, without gradients).
 
+        There is no loss here: those of `hf_deformvos.training` take the logits, and a subclass of
+        `transformers.Trainer` needs a `compute_loss` of its own.
+
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, num_frames, 3, height, width)`):
                 Normalised frames; sides of the form 16k+1.
             id_masks (`torch.LongTensor` of shape `(batch_size, 1 or num_frames, height, width)`):
                 0 is background, 1 to `num_objects` are objects; other values are void to the loss, and background to
                 the memory. Frames beyond the first are needed only where they are teacher-forced.
-            num_objects (`int`): the most objects that a clip of the batch holds.
+            num_objects (`int` or `torch.LongTensor` of shape `(batch_size,)`):
+                The most objects that a clip of the batch holds, or how many each clip has.
             object_valid (`torch.BoolTensor` of shape `(batch_size, num_objects)`, *optional*):
-                Which objects exist in each clip; all by default.
+                Which objects exist in each clip; by default all, or as many as `num_objects` says.
             object_slots (`torch.LongTensor` of shape `(batch_size, num_objects)`, *optional*):
                 Slot of the identity bank that each object takes, 0 to `max_objects - 1`; in order by default.
             teacher_forcing (`float` or `torch.BoolTensor` of shape `(batch_size, num_frames)`):
@@ -461,6 +472,10 @@ class DeformVosModel(DeformVosPreTrainedModel):
                 "`forward` needs `pixel_values`, `id_masks` and `num_objects` for a batch of clips, or "
                 "`inference_session` for a video."
             )
+        if isinstance(num_objects, torch.Tensor):
+            counts, num_objects = num_objects.reshape(-1, 1), int(num_objects.max())
+            if object_valid is None:
+                object_valid = torch.arange(num_objects, device=counts.device) < counts
         self._check_clip(pixel_values, id_masks, num_objects)
         slots = self._slots(object_slots, pixel_values.shape[0], num_objects, pixel_values.device)
         valid = self._valid(object_valid, slots)

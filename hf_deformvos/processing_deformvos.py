@@ -13,6 +13,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.image_utils import ImageInput
 from transformers.utils import logging
 
+from .configuration_deformvos import copy_code_with
 from .inference_session_deformvos import DeformVosInferenceSession, as_bool_mask, as_index, as_numpy
 from .modeling_deformvos import DeformVosVideoOutput
 
@@ -49,14 +50,18 @@ class DeformVosProcessor(ProcessorMixin):
         super().__init__(image_processor, **kwargs)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        """As in transformers; where it was loaded with its code, that of the pipeline is saved too."""
+        """As in transformers; where it was loaded with its code, all of that is saved, the pipeline's too."""
         if self._auto_class is not None:
             # config.json names the pipeline, whose file no other would bring along.
             from .pipeline_deformvos import DeformVosPipeline
 
             os.makedirs(save_directory, exist_ok=True)
             custom_object_save(DeformVosPipeline, save_directory)
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        if self._auto_class is None and getattr(self.image_processor, "auto_map", None):
+            # transformers forgets this part of what was loaded.
+            self.auto_map = {"AutoProcessor": "processing_deformvos.DeformVosProcessor"}
+        copy_code_with(self, save_directory)
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def __call__(self, images: ImageInput, return_tensors: str | None = "pt", **kwargs):
         """
@@ -128,6 +133,12 @@ class DeformVosProcessor(ProcessorMixin):
         """A frame of a session's video: pixel values, and (height, width) as it was; `size` of [`size_option`]."""
         frame = getattr(frame, "image", frame)  # of a decoder, as `hf_deformvos.video.VideoReader` is one
         inputs = self.image_processor(frame, return_tensors="pt", **size)
+        number = len(inputs["original_sizes"])
+        if number > 1:
+            raise ValueError(
+                f"`video` must be the frames of one video, got {number} frames in place of one: open a "
+                "session for each video."
+            )
         return inputs["pixel_values"], inputs["original_sizes"][0]
 
     def add_inputs_to_inference_session(
@@ -167,28 +178,31 @@ class DeformVosProcessor(ProcessorMixin):
         self,
         masks: torch.Tensor | list[torch.Tensor],
         original_sizes: list[tuple[int, int]],
+        mask_threshold: float = 0.0,
         binarize: bool = True,
     ) -> list[torch.Tensor]:
         """
         Bring `pred_masks` to the frames' original size. Each pixel goes to the object with the greatest logit, or to
-        the background where none is positive, so masks never overlap.
+        the background where none exceeds `mask_threshold`, so masks never overlap.
 
         Args:
-            masks (a `torch.Tensor` of shape `(num_objects, 1, height, width)`, or a list of them): `pred_masks`.
-            original_sizes (`list[tuple[int, int]]`): (height, width) an entry of the list.
+            masks (a `torch.Tensor` of shape `(num_objects, 1, height, width)`, or a list of them): `pred_masks` of one
+                frame, or of several, which may be stacked.
+            original_sizes (`list[tuple[int, int]]`): (height, width) of each frame.
+            mask_threshold (`float`, defaults to 0.0): the logit that an object needs.
             binarize (`bool`, defaults to `True`): `False` returns the upsampled logits.
 
         Returns:
             `list[torch.Tensor]`: bool masks (or logits) of shape `(num_objects, 1, height, width)`.
         """
-        masks = [masks] if isinstance(masks, torch.Tensor) else list(masks)
+        masks = [masks] if getattr(masks, "ndim", None) == 4 else list(masks)
         if len(masks) != len(original_sizes):
             raise ValueError(f"{len(masks)} frames of masks came with {len(original_sizes)} original sizes.")
         processed = []
         for logits, original_size in zip(masks, original_sizes, strict=True):
-            logits = _upsample(logits, original_size)
+            logits = _upsample(torch.as_tensor(logits), original_size)
             if binarize:
-                winner = winners(logits)
+                winner = winners(logits, mask_threshold)
                 numbers = torch.arange(1, len(logits) + 1, device=logits.device)
                 logits = (winner == numbers[:, None, None]).unsqueeze(1)
             processed.append(logits)
@@ -221,15 +235,20 @@ def as_size(original_size: Sequence) -> tuple[int, int]:
 
 
 def _upsample(logits: torch.Tensor, original_size: tuple[int, int]) -> torch.Tensor:
-    return F.interpolate(logits.float(), size=as_size(original_size), mode="bilinear", align_corners=False)
+    size = as_size(original_size)
+    if not len(logits):
+        return logits.new_zeros(0, 1, *size, dtype=torch.float32)
+    return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
 
 
-def winners(logits: torch.Tensor) -> torch.Tensor:
+def winners(logits: torch.Tensor, threshold: float = 0.0) -> torch.Tensor:
     """`(N, 1, H, W)` logits against the background to the winner a pixel `(H, W)`: 0 background, n the n-th object."""
+    if len(logits) == 0:
+        return logits.new_zeros(logits.shape[-2:], dtype=torch.long)
     if len(logits) == 1:
-        return (logits[0, 0] > 0).long()
+        return (logits[0, 0] > threshold).long()
     best, index = logits.squeeze(1).max(dim=0)
-    return (index + 1).masked_fill_(best <= 0, 0)
+    return (index + 1).masked_fill_(best <= threshold, 0)
 
 
 def masks_by_id(input_masks, obj_ids) -> dict[int, torch.Tensor]:

@@ -525,6 +525,9 @@ def test_masks_never_overlap(onnx_model, tiny_clip):
     np.testing.assert_array_equal(id_map == 14, masks[1, 0])
     (logits,) = processor.post_process_masks(output.pred_masks, [(96, 160)], binarize=False)
     assert logits.shape == masks.shape and logits.dtype == np.float32
+    (fewer,) = processor.post_process_masks(output.pred_masks, [[session.video_height, session.video_width]], 1.0)
+    np.testing.assert_array_equal(fewer, masks & (logits > 1.0))
+    assert [len(part) for part in processor.post_process_masks(output.pred_masks[None, :0], [(96, 160)])] == [0]
 
 
 # Of another API: dtypes and devices are PyTorch's, and how to decode a file is said in other words.

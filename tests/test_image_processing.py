@@ -216,6 +216,26 @@ def test_bad_frames_are_refused(broken, message, frame):
             to_rgb(broken(frame))
 
 
+def test_options_of_transformers_do_what_they_do_there():
+    frame = np.random.default_rng(0).integers(0, 256, (97, 161, 3), dtype=np.uint8)
+    processor = DeformVosImageProcessor(size={"shortest_edge": 97})
+    expected = processor(frame, return_tensors="pt").pixel_values
+    kept = processor(frame.astype(np.float32) / 255, do_rescale=False, return_tensors="pt").pixel_values
+    torch.testing.assert_close(kept, expected)
+    raw = processor(frame, do_rescale=False, do_normalize=False, return_tensors="pt").pixel_values
+    np.testing.assert_array_equal(raw[0].permute(1, 2, 0).numpy(), frame)
+    one, three = (
+        processor(frame, image_mean=mean, image_std=mean, return_tensors="pt").pixel_values
+        for mean in (0.5, [0.5] * 3)
+    )
+    assert torch.equal(one, three)
+    for name in ("do_pad", "do_center_crop"):
+        with pytest.raises(ValueError, match=f"`{name}` must be left out"):
+            processor(frame, **{name: True})
+    with pytest.raises(ValueError, match="`image_mean` must be one number or three"):
+        processor(frame, image_mean=[0.5, 0.5])
+
+
 NO_FRAMES = {
     "None": (lambda f: None, "Frame 0 .* got NoneType"),
     "None in a list": (lambda f: [f, None], "Frame 1 .* got NoneType"),

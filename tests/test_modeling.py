@@ -109,6 +109,29 @@ def test_gradient_checkpointing_changes_nothing(tiny_config):
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+    for arguments in ({"use_reentrant": True}, {}):
+        with pytest.raises(ValueError, match=r'needs `\{"use_reentrant": False\}`'):
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+
+
+def test_a_batch_may_count_the_objects_of_each_clip(tiny_model):
+    """As a collator of transformers stacks them."""
+    pixel_values, masks = clip()
+    with torch.no_grad():
+        logits = tiny_model(pixel_values, masks, torch.tensor([2, 1])).logits
+        exists = torch.tensor([[True, True], [True, False]])
+        expected = tiny_model(pixel_values, masks, 2, object_valid=exists).logits
+    assert torch.equal(logits, expected) and not torch.equal(logits, tiny_model(pixel_values, masks, 2).logits)
+
+
+def test_every_trainable_parameter_of_a_teacher_gets_a_gradient():
+    """Or several processes would wait for it."""
+    model = DeformVosModel(DeformVosConfig(**TEACHER_CONFIG)).train()
+    model(*clip(), 2, teacher_forcing=1.0).logits.square().mean().backward()
+    without = [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
+    ]
+    assert without == []
 
 
 def test_gradient_checkpointing_saves_memory():
@@ -388,6 +411,7 @@ def test_a_teacher_that_takes_over_a_students_weights_starts_as_that_student(tin
         ({"short_term_form": "dense"}, "short_term_form"),
         ({"short_term_window": 4}, "odd"),
         ({"max_offset": 0.0}, "max_offset"),
+        ({"max_displacement": float("nan")}, "max_displacement"),
         ({"long_term_slots": 0}, "long_term_slots"),
         ({"correlation_radius": -1}, "correlation_radius"),
         ({"decoder_sizes": [96, 64]}, "decoder_sizes"),

@@ -857,6 +857,11 @@ def broken(frame, value):
     return frame
 
 
+def under_autocast(model, session, frame):
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(inference_session=session, frame=frame)
+
+
 MISTAKES = {
     "no mask at all": (lambda s, p, f, y: p.add_inputs_to_inference_session(s, 0), "input_masks"),
     "empty id map": (lambda s, p, f, y: p.add_inputs_to_inference_session(s, 0, input_masks=y * 0), "empty"),
@@ -891,6 +896,10 @@ MISTAKES = {
     ),
     "negative frame": (lambda s, p, f, y: p.add_inputs_to_inference_session(s, -1, input_masks=y), "frame_idx"),
     "unknown id": (lambda s, p, f, y: s.remove_object(17), "17"),
+    "two videos": (
+        lambda s, p, f, y: p.init_video_session(video=[[f, f], [f, f]]).source.read(0),
+        "one video, got 2 frames in place of one",
+    ),
     "empty video": (lambda s, p, f, y: p.init_video_session(video=[]), "no frame"),
     "bad interval": (lambda s, p, f, y: p.init_video_session(memory_interval=0), "memory_interval"),
     "fractional frame": (lambda s, p, f, y: p.add_inputs_to_inference_session(s, 1.7, input_masks=y), "whole number"),
@@ -950,6 +959,24 @@ STEP_MISTAKES = {
     "clips": (lambda m, s, f: m(inference_session=s, frame=f[None, None]), "one frame"),
     "no pixels": (lambda m, s, f: m(inference_session=s, frame=f[:, :0]), "one frame"),
     "one channel": (lambda m, s, f: m(inference_session=s, frame=f[:1]), "one frame"),
+    "whole numbers": (
+        lambda m, s, f: m(inference_session=s, frame=f.to(torch.uint8)),
+        "normalised numbers, got torch.u",
+    ),
+    "under autocast": (
+        lambda m, s, f: under_autocast(m, s, f),
+        "computed in torch.float32, this one would be in torch.b",
+    ),
+    "on another device": (
+        lambda m, s, f: copy.deepcopy(m).to("meta")(inference_session=s, frame=f),
+        "must lie on cpu",
+    ),
+    "another model": (
+        lambda m, s, f: DeformVosModel(DeformVosConfig(**TINY_CONFIG, num_hidden_layers=2))(
+            inference_session=s, frame=f
+        ),
+        "must have 1 propagation layers, as at the frames before, got 2",
+    ),
     "before the first": (
         lambda m, s, f: m(inference_session=s, frame=f, frame_idx=-1),
         "must not be negative, got -1",
@@ -1001,6 +1028,36 @@ def test_mistakes_of_propagation(tiny_model, tiny_processor, tiny_clip):
     changing = [frames[0], frames[1], frames[2][:64]]
     with pytest.raises(ValueError, match="one size"):
         propagate(open_session(tiny_processor, changing, ids[0]))
+
+
+def test_a_session_in_float32_is_so_under_autocast(tiny_model, tiny_processor, tiny_clip):
+    frames, ids = tiny_clip
+    plain, own, surrounding = (
+        open_session(tiny_processor, frames, ids[0], dtype=dtype) for dtype in (None, "float32", None)
+    )
+    expected = torch.cat([output.pred_masks for output in tiny_model.propagate_in_video_iterator(plain)])
+    with torch.autocast("cpu", torch.bfloat16):
+        masks = torch.cat([output.pred_masks for output in tiny_model.propagate_in_video_iterator(own)])
+        lower = torch.cat([output.pred_masks for output in tiny_model.propagate_in_video_iterator(surrounding)])
+    assert torch.equal(masks, expected) and not torch.equal(lower, expected)
+
+
+def test_masks_of_several_frames_at_a_threshold(tiny_model, tiny_processor, tiny_clip):
+    """As Sam2Video's users are used to."""
+    frames, ids = tiny_clip
+    session = open_session(tiny_processor, frames, ids[0])
+    size = [session.video_height, session.video_width]
+    assert size == list(SIZE)
+    outputs = torch.stack([output.pred_masks for output in tiny_model.propagate_in_video_iterator(session)])
+    logits = tiny_processor.post_process_masks(outputs, [size] * len(frames), binarize=False)
+    for threshold in (-2.0, 0.0, 2.0):
+        masks = tiny_processor.post_process_masks(outputs.numpy(), [size] * len(frames), threshold)
+        for found, of_frame in zip(masks, logits, strict=True):
+            best = of_frame == of_frame.max(0).values
+            assert torch.equal(found, best & (of_frame > threshold))
+    (nothing,) = tiny_processor.post_process_masks(outputs[0, :0], [size])
+    assert nothing.shape == (0, 1, *SIZE) and nothing.dtype == torch.bool
+    assert tiny_processor.init_video_session().video_width is None
 
 
 def test_object_table_keeps_places():

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoProcessor
 from transformers.utils import logging as transformers_logging
@@ -211,8 +212,8 @@ def _settings(model: DeformVosModel, processor, format: str) -> dict:
             "size": {name: side for name, side in dict(images.size).items() if side},
             "resample": int(images.resample),
             "rescale_factor": float(images.rescale_factor),
-            "image_mean": [float(value) for value in images.image_mean],
-            "image_std": [float(value) for value in images.image_std],
+            "image_mean": np.broadcast_to(images.image_mean, 3).tolist(),
+            "image_std": np.broadcast_to(images.image_std, 3).tolist(),
             "max_enlargement": float(images.max_enlargement),
         },
         "num_parameters": model.num_parameters(),

@@ -40,7 +40,7 @@ SETTINGS = ("format", "dtype", "config", "processor", "num_parameters", "outputs
 GRAPHS = ("encode", "start", "read", "write")
 STRIDE = 16
 CHANNELS = (1, 3, 4)
-# Resampling overshoots: floats a little beyond 0..1 are in that range still. A frame of 0..255 this dark is black.
+# Resampling overshoots: floats a little beyond 0..1 are in that range still.
 OVERSHOOT = 0.5
 FRAME = (
     "a PIL image, or an array or tensor of numbers, (height, width), (height, width, channels) or (channels, height, "
@@ -372,6 +372,12 @@ class OnnxDeformVosProcessor:
     def _prepare_video_frame(self, size: dict[str, int], frame) -> tuple[np.ndarray, tuple[int, int]]:
         """A frame of a session's video: pixel values, and (height, width) as it was."""
         inputs = self.prepare(getattr(frame, "image", frame), size)
+        number = len(inputs.original_sizes)
+        if number > 1:
+            raise ValueError(
+                f"`video` must be the frames of one video, got {number} frames in place of one: open a "
+                "session for each video."
+            )
         return inputs.pixel_values, inputs.original_sizes[0]
 
     def add_inputs_to_inference_session(
@@ -414,21 +420,27 @@ class OnnxDeformVosProcessor:
         inference_session.add_masks(as_index(frame_idx, "frame_idx"), masks)
 
     def post_process_masks(
-        self, masks: np.ndarray | list[np.ndarray], original_sizes: list[tuple[int, int]], binarize: bool = True
+        self,
+        masks: np.ndarray | list[np.ndarray],
+        original_sizes: list[tuple[int, int]],
+        mask_threshold: float = 0.0,
+        binarize: bool = True,
     ) -> list[np.ndarray]:
         """
         Bring `pred_masks` to the frames' original size. Each pixel goes to the object with the greatest logit, or to
-        the background where none is positive, so masks never overlap.
+        the background where none exceeds `mask_threshold`, so masks never overlap.
 
         Args:
-            masks (an array of shape `(num_objects, 1, height, width)`, or a list of them): `pred_masks`.
-            original_sizes (`list[tuple[int, int]]`): (height, width) an entry of the list.
+            masks (an array of shape `(num_objects, 1, height, width)`, or a list of them): `pred_masks` of one frame,
+                or of several, which may be stacked.
+            original_sizes (`list[tuple[int, int]]`): (height, width) of each frame.
+            mask_threshold (`float`, defaults to 0.0): the logit that an object needs.
             binarize (`bool`, defaults to `True`): `False` returns the upsampled logits.
 
         Returns:
             `list[np.ndarray]`: bool masks (or logits) of shape `(num_objects, 1, height, width)`.
         """
-        masks = [masks] if isinstance(masks, np.ndarray) else list(masks)
+        masks = [masks] if getattr(masks, "ndim", None) == 4 else list(masks)
         if len(masks) != len(original_sizes):
             raise ValueError(f"{len(masks)} frames of masks came with {len(original_sizes)} original sizes.")
         processed = []
@@ -436,10 +448,12 @@ class OnnxDeformVosProcessor:
             size = as_size(original_size)
             if binarize:
                 numbers = np.arange(1, len(logits) + 1)[:, None, None, None]
-                processed.append(winners(logits, size) == numbers)
+                processed.append(winners(logits, size, mask_threshold) == numbers)
             else:
-                upsampled = [resize_bilinear(channel[0], size, align_corners=False) for channel in logits]
-                processed.append(np.stack(upsampled)[:, None])
+                upsampled = np.empty((len(logits), 1, *size), dtype=np.float32)
+                for channel, place in zip(logits, upsampled, strict=True):
+                    place[0] = resize_bilinear(channel[0], size, align_corners=False)
+                processed.append(upsampled)
         return processed
 
     def post_process_id_map(self, output: OnnxDeformVosOutput, original_size: tuple[int, int]) -> np.ndarray:
@@ -685,12 +699,12 @@ def resize_nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return mask[rows[:, None], columns]
 
 
-def winners(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def winners(logits: np.ndarray, size: tuple[int, int], threshold: float = 0.0) -> np.ndarray:
     """
     `(N, 1, h, w)` logits against the background to the winner of each pixel at another size, `(height, width)`: 0
     background, n the n-th object.
     """
-    best = np.zeros(size, dtype=np.float32)
+    best = np.full(size, threshold, dtype=np.float32)
     index = np.zeros(size, dtype=np.int32)
     for number, channel in enumerate(logits, 1):
         upsampled = resize_bilinear(channel[0], size, align_corners=False)
@@ -751,6 +765,11 @@ class FrameSource:
     def num_bytes(self) -> int:
         """Bytes of the frame held."""
         return 0 if self._held is None else self._held[1].nbytes
+
+    @property
+    def original_size(self) -> tuple[int, int]:
+        """(height, width) of the video's frames: of the one held, or of the next that can be read."""
+        return self.read(self.first_readable if self._held is None else self._held[0])[1]
 
     def read(self, frame_idx: int) -> tuple[np.ndarray, tuple[int, int]]:
         """
@@ -1003,6 +1022,16 @@ class OnnxInferenceSession:
         return None if self.source is None else self.source.num_frames
 
     @property
+    def video_height(self) -> int | None:
+        """Height of the video's frames in pixels, for `post_process_masks`; `None` where frames are handed over."""
+        return None if self.source is None else int(self.source.original_size[0])
+
+    @property
+    def video_width(self) -> int | None:
+        """Width of the video's frames in pixels; see [`video_height`]."""
+        return None if self.source is None else int(self.source.original_size[1])
+
+    @property
     def object_ids(self) -> list[int]:
         """Ids followed so far, then those whose first frame is still to come, in the order they were given."""
         ids = [] if self._objects is None else self._objects.object_ids
@@ -1241,6 +1270,11 @@ class OnnxInferenceSession:
             raise ValueError(
                 f"Frame {frame_idx} is {size[0]}x{size[1]} (height x width) at network resolution, the frames before "
                 f"it {self._frame_size[0]}x{self._frame_size[1]}. A session takes frames of one size: start another."
+            )
+        if pixel_values.dtype.kind != "f":
+            raise ValueError(
+                f"`frame` must be normalised numbers, got {frame.dtype}: pass "
+                "`processor(images=frame).pixel_values[0]`."
             )
         # One pass and no temporary: a sum is finite only if every pixel is.
         if not np.isfinite(pixel_values.sum(dtype=np.float32)):

@@ -115,11 +115,13 @@ class ExportedProcessor(OnnxDeformVosProcessor):
             raise ValueError(f"An exported model computes on the CPU, got `device` {device}; leave it out.")
         return super().init_video_session(video, short_side, memory_interval, long_term_slots)
 
-    def post_process_masks(self, masks, original_sizes: list[tuple[int, int]], binarize: bool = True) -> list:
+    def post_process_masks(self, masks, original_sizes: list[tuple[int, int]], *args, **kwargs) -> list:
         """See [`DeformVosProcessor.post_process_masks`]."""
-        masks = [masks] if isinstance(masks, torch.Tensor) else masks
+        masks = [masks] if getattr(masks, "ndim", None) == 4 else masks
         arrays = [np.asarray(logits) for logits in masks]
-        return [torch.from_numpy(array) for array in super().post_process_masks(arrays, original_sizes, binarize)]
+        return [
+            torch.from_numpy(array) for array in super().post_process_masks(arrays, original_sizes, *args, **kwargs)
+        ]
 
     def post_process_id_map(self, output: DeformVosVideoOutput, original_size: tuple[int, int]) -> np.ndarray:
         """See [`DeformVosProcessor.post_process_id_map`]."""

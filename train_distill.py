@@ -141,7 +141,7 @@ def quick_start(trainer: Trainer, started: float) -> None:
     results = trainer.train()
     if not is_main:
         return
-    losses = [line["loss"] for line in trainer.log.lines() if "loss" in line]
+    losses = [line["loss"] for line in trainer.log.lines() if line.get("loss") is not None] or [float("nan")]
     config = trainer.config
     text = DONE.format(
         minutes=(time.perf_counter() - started) / 60,

@@ -378,6 +378,38 @@ def test_a_run_that_ended_while_it_wrote_its_results_writes_them_when_it_is_repe
     path.write_text(path.read_text()[:20])
     assert make_trainer(tmp_path, resume_from_checkpoint="latest").train()["sha256"] == first["sha256"]
     assert json.loads(path.read_text())["steps"] == 6
+    (tmp_path / "run" / "model.safetensors").write_bytes(b"")  # as a power cut leaves it
+    assert make_trainer(tmp_path, resume_from_checkpoint="latest").train()["sha256"] == first["sha256"]
+    assert sha256(tmp_path / "run" / "model.safetensors") == first["sha256"]
+
+
+def test_going_on_with_what_was_abandoned(tmp_path):
+    """A checkpoint is the one of its place, not any of its step that lies in the folder."""
+    run = tmp_path / "run"
+    first = make_trainer(tmp_path, max_train_steps=8, checkpoints_total_limit=0).train()
+    back = {"resume_from_checkpoint": str(run / "checkpoint-2"), "learning_rate": 0.001}
+    second = make_trainer(tmp_path, max_train_steps=8, checkpoints_total_limit=0, **back).train()
+    assert second["sha256"] != first["sha256"]
+    regretted = {"resume_from_checkpoint": str(run / "abandoned-checkpoint-4"), "checkpoints_total_limit": 0}
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path, Interrupted(sampler_of(tmp_path), 5), max_train_steps=8, **regretted).train()
+    assert [path.name for path in list_checkpoints(run)] == ["checkpoint-2", "checkpoint-4"]
+    latest = {"resume_from_checkpoint": "latest", "checkpoints_total_limit": 0}
+    assert make_trainer(tmp_path, max_train_steps=8, **latest).train()["sha256"] == first["sha256"]
+    over = {**regretted, "resume_from_checkpoint": str(run / "abandoned-checkpoint-8-2")}
+    again = make_trainer(tmp_path, max_train_steps=8, **over).train()
+    assert again["sha256"] == sha256(run / "model.safetensors") == second["sha256"]
+
+
+def test_the_best_model_of_an_abandoned_stretch_goes_with_it(tmp_path):
+    settings = {"eval_steps": 2, "checkpoints_total_limit": 0}
+    scores = iter([0.5, 0.9, 0.8])
+    make_trainer(tmp_path, evaluate=lambda model, device: {"eval_j": next(scores)}, **settings).train()
+    left = sha256(tmp_path / "run" / "best" / "model.safetensors")
+    back = {**settings, "resume_from_checkpoint": str(tmp_path / "run" / "checkpoint-2"), "learning_rate": 0.001}
+    make_trainer(tmp_path, evaluate=lambda model, device: {"eval_j": 0.4}, **back).train()
+    assert sha256(tmp_path / "run" / "abandoned-best" / "model.safetensors") == left
+    assert json.loads((tmp_path / "run" / "best" / "best.json").read_text()) == {"step": 4, "eval_j": 0.4}
 
 
 def test_going_back_leaves_later_checkpoints_aside(tmp_path, warnings_of_package):
@@ -429,6 +461,14 @@ def test_a_damaged_checkpoint_is_named(tmp_path, name):
     make_trainer(tmp_path, max_train_steps=2).train()
     path = tmp_path / "run" / "checkpoint-2" / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"The checkpoint .*checkpoint-2 cannot be read .*: take it away, and resume"):
+        make_trainer(tmp_path, resume_from_checkpoint="latest").train()
+
+
+@pytest.mark.parametrize("state", [{}, [], None, {"step": 2}])
+def test_a_checkpoint_whose_state_says_too_little_is_named(tmp_path, state):
+    make_trainer(tmp_path, max_train_steps=2).train()
+    (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match=r"The checkpoint .*checkpoint-2 cannot be read .*: take it away, and resume"):
         make_trainer(tmp_path, resume_from_checkpoint="latest").train()
 

@@ -21,7 +21,10 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 STATE_FILE = "trainer_state.json"
+BEST_FILE = "best.json"
 _STUDENT, _AVERAGE, _OPTIMIZER = "student.safetensors", "average.safetensors", "optimizer.pt"
+# Of a checkpoint's state; the rest came later.
+_REQUIRED = ("step", "elapsed", "clips", "best", "average_updates", "config")
 _WRITING = ".writing-"
 _PATTERN = re.compile(r"checkpoint-(\d+)")
 
@@ -56,13 +59,17 @@ def read_checkpoint(path: Path) -> tuple[dict, Tensors]:
         ValueError: If a file is missing or damaged.
     """
     folder = path / "training"
+    damage = (OSError, ValueError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, SafetensorError)
     try:
         state = json.loads((path / STATE_FILE).read_text())
+        state = {name: state[name] for name in _REQUIRED} | state
         optimizer = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
+        optimizer = {"optimizer": optimizer["optimizer"], **optimizer}
         return state, Tensors(load_file(folder / _STUDENT), load_file(folder / _AVERAGE), optimizer)
-    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+    except (*damage, pickle.UnpicklingError) as error:
+        reason = str(error) if isinstance(error, (OSError, SafetensorError)) else f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"The checkpoint {path} cannot be read ({error}): take it away, and resume from an earlier one."
+            f"The checkpoint {path} cannot be read ({reason}): take it away, and resume from an earlier one."
         ) from error
 
 
@@ -125,24 +132,35 @@ def _flush(path: Path) -> None:
         os.fsync(handle.fileno())
 
 
-def set_later_aside(output_dir: str | Path, step: int) -> list[Path]:
+def set_later_aside(output_dir: str | Path, first: int) -> list[Path]:
     """
-    Renames the checkpoints beyond the step that a run goes back to, since `latest` must not return to them.
+    Renames the checkpoints from the step `first` on, which a run that goes back leaves behind: `latest` must not
+    return to them. The best model goes with them where it is of such a step.
 
     Returns:
-        `list[Path]`: their new places, `abandoned-checkpoint-<step>`, with a number where there is one already.
+        `list[Path]`: their new places, `abandoned-<name>`, with a number where there is one already.
     """
-    moved = []
-    for path in list_checkpoints(output_dir):
-        if int(path.name.rpartition("-")[2]) <= step:
-            continue
-        place = path.with_name(f"abandoned-{path.name}")
-        for number in count(2):
-            if not place.exists():
-                break
-            place = path.with_name(f"abandoned-{path.name}-{number}")
-        moved.append(path.rename(place))
-    return moved
+    left = [path for path in list_checkpoints(output_dir) if int(path.name.rpartition("-")[2]) >= first]
+    best = Path(output_dir) / "best"
+    if left and _step_of_best(best) >= first:
+        left.append(best)
+    return [_set_aside(path) for path in left]
+
+
+def _set_aside(path: Path) -> Path:
+    place = path.with_name(f"abandoned-{path.name}")
+    for number in count(2):
+        if not place.exists():
+            return path.rename(place)
+        place = path.with_name(f"abandoned-{path.name}-{number}")
+
+
+def _step_of_best(folder: Path) -> float:
+    """The step of the best model; one that does not tell is of none."""
+    try:
+        return json.loads((folder / BEST_FILE).read_text())["step"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return -1.0
 
 
 def find_checkpoint(output_dir: str | Path, which: str) -> Path | None:

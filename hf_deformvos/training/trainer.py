@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import signal
 import tempfile
 import threading
@@ -27,7 +28,15 @@ from ..data.transforms import augment_clips
 from ..inference import describe_device
 from ..publishing.hub import Target
 from .batches import DrawnBatch, WorkerProcesses
-from .checkpoint import Tensors, find_checkpoint, list_checkpoints, read_checkpoint, set_later_aside, write_checkpoint
+from .checkpoint import (
+    BEST_FILE,
+    Tensors,
+    find_checkpoint,
+    list_checkpoints,
+    read_checkpoint,
+    set_later_aside,
+    write_checkpoint,
+)
 from .config import Stage, TrainingConfig
 from .ema import WeightAverage
 from .lineage import lineage, total_clips
@@ -147,6 +156,7 @@ class Trainer:
         self.clips = 0
         self.best = -math.inf
         self._saved_step: int | None = None
+        self._is_elsewhere = False
         self._skipped = 0
         self._history: list[dict] = []
         self._evaluation: dict[str, float] = {}
@@ -204,6 +214,8 @@ class Trainer:
         if finished is not None:
             return finished
         self._set_later_checkpoints_aside()
+        if self._is_elsewhere and config.checkpointing_steps:
+            self.save_checkpoint()  # `latest` is this from now on
         self.log.start(self.step, config.to_dict())
         batches = self._batches()
         self.task.train()
@@ -227,13 +239,16 @@ class Trainer:
         """The results of the run, where it was over before it was resumed; its files stay as they are."""
         found = None
         is_over = self.step > 0 and self.progress_at(self.step, self.elapsed) >= 1.0
-        if is_over and (self.output_dir / "model.safetensors").is_file():
+        if is_over and not self._is_elsewhere:
             try:
                 found = json.loads((self.output_dir / RESULTS_FILE).read_text())
-            except (OSError, ValueError):  # it ended before they were written
-                pass
+                weights = (self.output_dir / "model.safetensors").read_bytes()
+                if (found["steps"], found["sha256"]) != (self.step, hashlib.sha256(weights).hexdigest()):
+                    found = None
+            except (OSError, ValueError, LookupError, TypeError):  # it ended before they were written
+                found = None
         # Of several machines the first may be the only one that has them.
-        (found,) = broadcast_object_list([found if found and found.get("steps") == self.step else None])
+        (found,) = broadcast_object_list([found])
         if found is not None:
             logger.info(
                 f"{self.output_dir} holds this run, which is over after {self.step} steps; nothing is changed."
@@ -245,10 +260,12 @@ class Trainer:
     def _set_later_checkpoints_aside(self) -> None:
         """A run that goes back to an earlier checkpoint leaves the later ones, and `latest` must not find them."""
         if self.accelerator.is_main_process:
-            moved = set_later_aside(self.output_dir, self.step)
+            moved = set_later_aside(self.output_dir, self.step + (not self._is_elsewhere))
             if moved:
                 places = ", ".join(path.name for path in moved)
                 logger.warning(f"Going back to step {self.step}: what lies beyond it is kept as {places}.")
+            if any(path.name.startswith("abandoned-best") for path in moved):
+                self.best = -math.inf  # of this step there is no such model any more
         self.accelerator.wait_for_everyone()
 
     def _refuse_to_overwrite(self) -> None:
@@ -441,6 +458,7 @@ class Trainer:
         if score > self.best:
             self.best = score
             self.save_release(self.output_dir / "best")
+            (self.output_dir / "best" / BEST_FILE).write_text(json.dumps({"step": self.step, "eval_j": score}) + "\n")
         # Not part of the time that the schedule counts.
         self._clock = time.perf_counter()
         self.accelerator.wait_for_everyone()
@@ -503,7 +521,12 @@ class Trainer:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{path} was written by a run with another student: {reason}") from error
         self.average.load(tensors.average, state["average_updates"])
-        load_optimizer(self.optimizer, tensors.optimizer["optimizer"])
+        try:
+            load_optimizer(self.optimizer, tensors.optimizer["optimizer"])
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"The optimizer of {path} is damaged ({type(error).__name__}: {error}): resume from an earlier one."
+            ) from error
         if self.accelerator.scaler is not None and "scaler" in tensors.optimizer:
             self.accelerator.scaler.load_state_dict(tensors.optimizer["scaler"])
         self.step, self.elapsed, self.clips = state["step"], state["elapsed"], state["clips"]
@@ -512,7 +535,9 @@ class Trainer:
         if self._origins is not None and _teacher_hash(self._origins) != _teacher_hash(lineage(self.config)):
             logger.warning(f"The teacher in {self.config.teacher} is not the one that this run began with.")
         self._resumed_at, self._resumed_progress = self.elapsed, self.progress_at(self.step, self.elapsed)
-        self._saved_step = self.step if path.parent.resolve() == self.output_dir.resolve() else None
+        # In another folder, or abandoned once.
+        self._is_elsewhere = path.resolve() != (self.output_dir / f"checkpoint-{self.step}").resolve()
+        self._saved_step = None if self._is_elsewhere else self.step
         logger.info(f"Resumed from {path} at step {self.step}, {self.elapsed / 60:.1f} minutes.")
 
     def _warn_of_changes(self, before: dict, processes: int | None) -> None:
@@ -552,7 +577,9 @@ class Trainer:
             self.save_release(self.output_dir)
             weights = (self.output_dir / "model.safetensors").read_bytes()
             results["sha256"] = hashlib.sha256(weights).hexdigest()
-            (self.output_dir / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n")
+            temporary = self.output_dir / f".writing-{RESULTS_FILE}"
+            temporary.write_text(json.dumps(results, indent=2) + "\n")
+            os.replace(temporary, self.output_dir / RESULTS_FILE)
             logger.info(f"Wrote {self.output_dir / 'model.safetensors'} after {self.step} steps, {self.clips} clips.")
         self.accelerator.wait_for_everyone()
         self.log.close()

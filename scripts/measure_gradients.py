@@ -36,8 +36,8 @@ from make_figures import LOSSES
 from hf_deformvos import DeformVosModel
 from hf_deformvos.data import augment_clips
 from hf_deformvos.evaluation.runner import describe_hardware
+from hf_deformvos.inference import fastest_dtype
 from hf_deformvos.training import TrainingConfig
-from hf_deformvos.training.config import native_precision
 from hf_deformvos.training.distillation_task import DistillationTask, DistillationWeights
 from hf_deformvos.training.models import Teacher, build_student
 from hf_deformvos.training.sources import open_data
@@ -64,7 +64,7 @@ def gradient_of(task: DistillationTask, batch, seed: int, term: str | None, plan
     task.weights = DistillationWeights(**{name: float(name == term) for name in TERMS})
     task.ce_weight = task.jaccard_weight = 0.5 if term is None else 0.0
     task.student.zero_grad(set_to_none=True)
-    with torch.autocast("cpu", torch.bfloat16, enabled=native_precision() == "bf16"):
+    with torch.autocast("cpu", torch.bfloat16, enabled=fastest_dtype("cpu") == "bfloat16"):
         losses = task(batch, plan, torch.Generator().manual_seed(seed))
     losses["loss"].backward()
     parameters = [p for p in task.student.parameters() if p.requires_grad]
@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     settings = {**read_table(TABLE, []).train, "davis_dirs": options.davis, "static_dirs": options.static}
     config = TrainingConfig(**settings, cache_dir=options.cache)
     teacher = Teacher(options.teacher).model
-    path, dtype = options.json or RECORD, "bfloat16" if native_precision() == "bf16" else "float32"
+    path, dtype = options.json or RECORD, fastest_dtype("cpu")
     hardware = describe_hardware(torch.device("cpu"), dtype, options.threads, 1)
     head = {
         "command": "python scripts/measure_gradients.py",
@@ -127,16 +127,17 @@ def main(arguments: list[str] | None = None) -> int:
     check_head(read_record(path, "gradients"), "students", head)
     for label, folder in students.items():
         student = build_student(replace(config, student=folder)).train()
-        entry = {**describe_model(folder), "terms": measure(student, teacher, config, options.batches)}
-        change = partial(_keep, head=head, hardware=hardware, label=label, entry=entry)
+        terms = measure(student, teacher, config, options.batches)
+        entry = {**describe_model(folder), "hardware": hardware, "terms": terms}
+        change = partial(_keep, head=head, label=label, entry=entry)
         update_record(path, "gradients", change)
     return 0
 
 
-def _keep(record: dict, head: dict, hardware: dict, label: str, entry: dict) -> None:
+def _keep(record: dict, head: dict, label: str, entry: dict) -> None:
     """Puts a student's figures into the record."""
     check_head(record, "students", head)
-    record.update(head, hardware=hardware)
+    record.update(head)
     record.setdefault("students", {})[label] = entry
 
 

@@ -162,6 +162,9 @@ def test_youtube_vos_videos_are_chosen_by_name(tmp_path, options):
         load_youtube_vos(folder, sequences=["nosuch"], **options)
     with pytest.raises(ValueError, match="needs valid/JPEGImages and valid/Annotations"):
         load_youtube_vos(tmp_path, split="valid", **options)
+    folder.rename(tmp_path / "valid")
+    with pytest.raises(ValueError, match="YouTube-VOS's 'valid', and no 'train'"):
+        load_youtube_vos(tmp_path / "valid", **options)
 
 
 def test_youtube_vos_names_what_is_missing(tmp_path, options, warnings_of_package):

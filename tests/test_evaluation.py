@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -370,6 +371,15 @@ def test_a_part_of_youtube_vos_is_no_other_part(tmp_path, monkeypatch):
         assert load_dataset_layout("youtubevos2018", part, split).split == "val"
     with pytest.raises(ValueError, match=r"`split` chooses a part of YouTube-VOS, got 'train', and .* is a part"):
         load_dataset_layout("youtubevos2018", part, "train")
+    part.rename(tmp_path / "ytvos-2018")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "valid").symlink_to(tmp_path / "ytvos-2018")
+    shutil.copytree(tmp_path / "valid_all_frames", tmp_path / "links" / "valid_all_frames")
+    for split in (None, "val"):
+        assert load_dataset_layout("youtubevos2018", tmp_path / "ytvos-2018", split).split == "val"
+        linked = load_dataset_layout("youtubevos2018", tmp_path / "links" / "valid", split, all_frames=True)
+        assert linked.split == "val"
+    (tmp_path / "ytvos-2018").rename(part)
     monkeypatch.chdir(part)
     assert load_dataset_layout("youtubevos2018", ".", "val", all_frames=True).split == "val"
 
@@ -759,6 +769,11 @@ def test_scores_are_written_though_nobody_reads_the_table(tmp_path, command, mon
         monkeypatch.setattr("sys.stdout", unread)
         assert command("evaluate", *words, "--json", tmp_path / "scores.json") == 0
     assert len(json.loads((tmp_path / "scores.json").read_text())["sequences"]) == 2
+    with open(os.dup(writer), "w") as unread:
+        monkeypatch.setattr("sys.stdout", unread)
+        masks = ["--predictions", root / "Annotations" / "480p", "--dataset", "davis2016", "--root", root]
+        assert command("score", *masks, "--json", tmp_path / "of-masks.json") == 0
+    assert json.loads((tmp_path / "of-masks.json").read_text())["totals"]["J&F"] == 1.0
     with open(writer, "w") as unread:
         monkeypatch.setattr("sys.stdout", unread)
         with pytest.raises(BrokenPipeError):

@@ -50,7 +50,8 @@ class AdaptationConfig:
             2203.05482), and takes as many times as long.
         learning_rate (`float`): Peak rate of AdamW.
         short_side (`int`, *optional*): Short side of the clips in pixels, rounded to 16k+1. By default the size at
-            which frames are followed, so that objects look as they will then: see [`at_followed_size`].
+            which frames are followed, so that objects look as they will then, see [`at_followed_size`]; and 480 where
+            no processor tells that, as in [`adapt`].
         num_frames (`int`): Frames a clip.
         batch_size (`int`): Clips a step.
         recomposed (`float`): Share of the clips whose objects go their own ways, see [`GivenFrames`].

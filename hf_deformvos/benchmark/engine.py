@@ -245,8 +245,10 @@ def compile_parts(model, compiler: str = "inductor"):
         raise ValueError('The backend "compile" needs a C++ compiler on a CPU, and none was found; install g++.')
     # A layer has half a dozen forms (1 to 3 frames remembered, the last one among them or not) for each number of
     # groups, and all layers share their code: beyond the usual 8 forms, PyTorch would run further ones uncompiled.
-    torch._dynamo.config.recompile_limit = 256
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    settings = torch._dynamo.config
+    name = "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"  # before PyTorch 2.7
+    setattr(settings, name, 256)
+    setattr(settings, f"fail_on_{name.replace('size_', '')}_hit", True)
     parts = [model.backbone, model.token_projection, *model.layers, model.identity_bank, model.decoder]
     for part in parts:
         # Not `part.compile()`: hooks, which tell the stages apart, would become part of the graph.

@@ -4,9 +4,10 @@ import argparse
 import shlex
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from .common import at_least, default_model, thread_count
+from .common import at_least, default_model, print_line, thread_count
 from .speed import PRESET_NAMES
 
 
@@ -133,24 +134,25 @@ def run(arguments: argparse.Namespace) -> int:
         num_peer_frames=arguments.peer_frames,
     )
     command = command_of(arguments)
+    say = partial(print_line, is_all=not (arguments.json or arguments.plot))
 
     def keep(result: dict) -> None:
         if arguments.json:
             write_json(arguments.json, {**result, "command": command, "complete": False})
 
     with tempfile.TemporaryDirectory() as folder:
-        result = run_benchmark(config, plan, Path(folder), say=_say, preset=arguments.preset, keep=keep)
+        result = run_benchmark(config, plan, Path(folder), say=say, preset=arguments.preset, keep=keep)
     result["command"] = command
     if "rates" in result:
-        print(report.rates_line(result["rates"]))
+        say(report.rates_line(result["rates"]))
     if "start" in result:
-        print(report.start_line(result["start"]))
+        say(report.start_line(result["start"]))
     if arguments.json:
         write_json(arguments.json, result)
-        print(f"wrote {arguments.json}")
+        say(f"wrote {arguments.json}")
     if arguments.plot:
         plot.draw(result, arguments.plot)
-        print(f"wrote {arguments.plot}")
+        say(f"wrote {arguments.plot}")
     return 0
 
 
@@ -205,10 +207,6 @@ def _peers_python(arguments: argparse.Namespace) -> str | None:
             "does not exist; scripts/make_peers_env.sh makes one in .venv-peers."
         )
     return str(python.absolute())
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 def engine_config(arguments: argparse.Namespace):

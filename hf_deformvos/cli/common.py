@@ -49,15 +49,20 @@ class Table:
 
     def add(self, row: str) -> None:
         """Prints one row."""
-        try:
-            if self._header is not None:
-                print(self._header)
-                self._header = None
-            print(row, flush=True)
-        except BrokenPipeError:
-            if self._is_all:
-                raise
-            silence_output()
+        if self._header is not None:
+            print_line(self._header, self._is_all)
+            self._header = None
+        print_line(row, self._is_all)
+
+
+def print_line(line: str, is_all: bool = True) -> None:
+    """Prints a line at once; where there is other output, work goes on when nobody reads any more."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        if is_all:
+            raise
+        silence_output()
 
 
 def silence_output() -> None:

@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_file(arguments.json)
     dataset = load_dataset(arguments)
     num_frames = {sequence.name: len(sequence.images) for sequence in dataset.sequences}
-    table = Table(report.table_header())
+    table = Table(report.table_header(), is_all=not arguments.json)
     scores = score_predictions(
         arguments.predictions,
         dataset,
@@ -46,6 +46,11 @@ def run(arguments: argparse.Namespace) -> int:
         num_workers=arguments.workers,
         progress=lambda score: table.add(report.score_row(score, num_frames[score.name])),
     )
+    if arguments.json:
+        from ..evaluation.runner import describe_versions, write_json
+
+        content = {"predictions": arguments.predictions, "versions": describe_versions()}
+        write_json(arguments.json, content | report.scores_as_dict(dataset, scores))
     print(report.total_row(dataset, scores))
     if arguments.dataset is None:
         print(f"scored as {dataset.name}; --dataset chooses another protocol")
@@ -55,10 +60,6 @@ def run(arguments: argparse.Namespace) -> int:
     for line in report.warning_lines(scores):
         print(f"warning: {line}", file=sys.stderr)
     if arguments.json:
-        from ..evaluation.runner import describe_versions, write_json
-
-        content = {"predictions": arguments.predictions, "versions": describe_versions()}
-        write_json(arguments.json, content | report.scores_as_dict(dataset, scores))
         print(f"wrote {arguments.json}")
     return 0
 

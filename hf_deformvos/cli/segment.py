@@ -39,7 +39,7 @@ masks:
 exit codes:
   0 done; 2 a mistake in what was asked for; 3 done, but FFmpeg found the video damaged or cut (it
   does not notice all damage), and all that decodes was segmented; 130 interrupted (Ctrl-C or
-  SIGTERM): what was done is kept and summarised."""
+  SIGTERM): what was done is kept and summarised; 141 nobody reads the output any more."""
 
 
 def add_parser(subparsers) -> None:
@@ -64,7 +64,8 @@ def add_parser(subparsers) -> None:
         metavar="N",
         action="append",
         type=at_least(0),
-        help="frame the mask belongs to, from 0 (default 0); the n-th belongs to the n-th --mask",
+        help="frame the mask belongs to, from 0 (default 0); the n-th belongs to the n-th --mask; where a camera "
+        "drops that frame, the next one gets it",
     )
     parser.add_argument(
         "--model",
@@ -108,7 +109,8 @@ def run(arguments: argparse.Namespace) -> int:
     resolve_speed(arguments, arguments.model or default_model())
     mask_files = _pair_masks(arguments.mask, arguments.mask_frame)
     with VideoReader(arguments.video, max_frames=arguments.max_frames, num_prefetch=_QUEUE_DEPTH) as reader:
-        limit = reader.info.num_frames if reader.info.num_frames is not None else arguments.max_frames
+        # A camera drops frames, which count as well.
+        limit = reader.info.num_frames or (None if reader.info.kind == "camera" else arguments.max_frames)
         if limit is not None and max(mask_files) >= limit:
             raise ValueError(
                 f"--mask-frame must be below the number of frames read, {limit}, got {max(mask_files)}; "
@@ -153,7 +155,7 @@ class _Job:
         self.reader = reader
         self.masks = masks
         # Frames of masks that are still to come, and the masks of frames that are not written yet.
-        self._waiting, self._used = sorted(masks), {}
+        self._waiting, self._used, self._mask_frames = sorted(masks), {}, []
         self.output = output
         self.writer = writer
         self.loaded = loaded
@@ -211,7 +213,7 @@ class _Job:
 
     def _check_masks_used(self) -> None:
         """An error if the video turned out to end before the frame of a mask."""
-        num_frames, unused = self.results.num_frames, self._waiting
+        num_frames, unused = self.results.last_index + 1, self._waiting
         if not unused or self.interrupted or self.failure is not None:
             return
         if len(unused) == len(self.masks):
@@ -282,6 +284,7 @@ class _Job:
             due = mask if due is None else overrule(due, mask)
         if due is not None:
             self._used[index] = due
+            self._mask_frames.append(index)
         return due
 
     def _write(self, frame, id_map, seconds: dict[str, float]) -> None:
@@ -325,7 +328,7 @@ class _Job:
                 "adaptation": self.loaded.adaptation,
             },
             "object_ids": sorted(self.results.object_ids),
-            "mask_frames": sorted(self.masks),
+            "mask_frames": sorted({*self._mask_frames, *self._waiting}),
             "overlay": str(self.overlay) if self.overlay else None,
             "timings": self.results.timings(self.wall_seconds),
             "versions": versions(),

@@ -39,11 +39,12 @@ class Results:
     """
     What has been written so far; filled by the encoding thread, read when that has ended. `lines` is a file that holds
     what results.json says of each frame, so that memory does not grow with the video; more than `num_frames` lines
-    where writing the last one failed.
+    where writing the last one failed. `last_index` is the last frame's place in the video.
     """
 
     lines: TextIO
     num_frames: int = 0
+    last_index: int = -1
     object_ids: set[int] = field(default_factory=set)
     medians: dict[str, _Median] = field(default_factory=lambda: defaultdict(_Median))
 
@@ -57,6 +58,7 @@ class Results:
         # Written through, so that only whole lines count where the disk is full.
         print(json.dumps(record), file=self.lines, flush=True)
         self.num_frames += 1
+        self.last_index = frame.index
 
     def book(self, seconds: dict[str, float]) -> None:
         """Adds the seconds that stages of one frame took."""

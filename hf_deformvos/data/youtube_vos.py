@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from .folders import image_files, subfolder_names
 from .store import FrameEntry, FrameStore, report_missing
+
+
+# What the folders of its splits are called.
+YOUTUBE_VOS_PARTS = ("train", "valid", "val", "test")
 
 
 def read_youtube_vos_meta(path: Path) -> dict:
@@ -47,9 +52,12 @@ def youtube_vos_folder(root: str | Path, split: str = "train") -> Path:
         split (`str`): Its name.
 
     Raises:
-        ValueError: If neither has both.
+        ValueError: If neither has both, or that folder is called like another split.
     """
     root = Path(root)
+    name = Path(os.path.abspath(root)).name
+    if name != split and name in YOUTUBE_VOS_PARTS and not (root / split).is_dir():
+        raise ValueError(f"{root} is YouTube-VOS's {name!r}, and no {split!r}: name that, or the folder above.")
     for folder in (root / split, root):
         if all((folder / part).is_dir() for part in ("JPEGImages", "Annotations")):
             return folder

@@ -19,7 +19,7 @@ from ..data.folders import (
     subfolder_names,
 )
 from ..data.store import VOID
-from ..data.youtube_vos import read_youtube_vos_meta
+from ..data.youtube_vos import YOUTUBE_VOS_PARTS, read_youtube_vos_meta
 from ..image_processing_deformvos import to_rgb
 
 
@@ -342,14 +342,14 @@ def _youtube_vos_part(root: Path, split: str | None) -> tuple[Path, str]:
     if not (root / "meta.json").is_file():
         split = "val" if split is None else split
         return root / _YOUTUBE_VOS_FOLDERS.get(split, split), split
-    names = {folder: name for name, folder in _YOUTUBE_VOS_FOLDERS.items()}
-    folder = root.resolve().name
-    if split is not None and names.get(split, split) != names.get(folder, folder):
+    names = {**{part: part for part in YOUTUBE_VOS_PARTS}, "valid": "val"}
+    chosen, own = names.get(split, split), names.get(Path(os.path.abspath(root)).name)
+    if None not in (chosen, own) and chosen != own:
         raise ValueError(
             f"`split` chooses a part of YouTube-VOS, got {split!r}, and {root} is a part itself (it has a meta.json); "
             "leave the split out, or give the folder above."
         )
-    return root, names.get(folder, folder)
+    return root, own or chosen or "val"
 
 
 def _youtube_vos_sequences(base: Path, chosen: list[str] | None, max_frames: int | None, all_frames: bool):
@@ -357,7 +357,7 @@ def _youtube_vos_sequences(base: Path, chosen: list[str] | None, max_frames: int
     videos = read_youtube_vos_meta(base / "meta.json")
     images = base / "JPEGImages"
     if all_frames:
-        whole = base.resolve()  # a folder given as "." has no name
+        whole = Path(os.path.abspath(base))  # a folder given as "." has no name; one that is a link has its own
         images = whole.with_name(f"{whole.name}_all_frames") / "JPEGImages"
         if not images.is_dir():
             raise ValueError(

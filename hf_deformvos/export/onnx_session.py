@@ -41,7 +41,7 @@ GRAPHS = ("encode", "start", "read", "write")
 STRIDE = 16
 CHANNELS = (1, 3, 4)
 # Resampling overshoots: floats a little beyond 0..1 are in that range still.
-OVERSHOOT = 0.5
+OVERSHOOT = 0.25
 FRAME = (
     "a PIL image, or an array or tensor of numbers, (height, width), (height, width, channels) or (channels, height, "
     "width), with 1, 3 or 4 channels and at least one pixel"

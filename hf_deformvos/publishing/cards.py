@@ -238,7 +238,8 @@ def _own_set(record: dict) -> str | None:
 
 def _shown_name(place: str) -> str:
     """A data set as others may know it: by its name on the Hub, or that of its folder without the path."""
-    return place if _HUB_NAME.fullmatch(place) and not place.startswith(".") else Path(place).name
+    is_on_hub = _HUB_NAME.fullmatch(place) and not place.startswith(".") and not Path(place).exists()
+    return place if is_on_hub else Path(place).name or "unnamed"
 
 
 def _title(record: dict) -> str:
@@ -270,7 +271,7 @@ def _as_published(record: dict, repo_id: str) -> dict:
 def _shown_word(option: str, word: str) -> str:
     """A word of a command behind an option, without the path that it has on the machine that measured."""
     if option == "--root":
-        return Path(word).name
+        return Path(word).name or "data"
     return _shown_name(word) if option in _SET_OPTIONS else word
 
 

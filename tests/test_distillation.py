@@ -50,6 +50,7 @@ from hf_deformvos.training import (
     StepPlan,
     Trainer,
 )
+from hf_deformvos.training.checkpoint import list_checkpoints
 from hf_deformvos.training.config import PROPAGATIONS
 from hf_deformvos.training.lineage import describe_origin, lineage, total_clips
 from hf_deformvos.training.models import build_student, build_teacher
@@ -684,7 +685,7 @@ def test_two_processes_through_accelerate_launch_equal_one(taught_run):
     on the way are told to every process.
     """
     config, both, one = str(taught_run / "config.json"), taught_run / "both", taught_run / "one"
-    flags = ["--max_train_steps", "4", "--checkpointing_steps", "0"]
+    flags = ["--max_train_steps", "4", "--checkpointing_steps", "2"]
     ran = launch(
         *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"),
         *("train_distill.py", config, *flags, "--output_dir", str(both)),
@@ -699,6 +700,7 @@ def test_two_processes_through_accelerate_launch_equal_one(taught_run):
         for name in (name for name in other if name.startswith("loss")):
             assert line[name] == pytest.approx(other[name], rel=tolerance, abs=1e-5), (line["step"], name)
     assert json.loads((both / "all_results.json").read_text())["clips"] == 8
+    assert [path.name for path in list_checkpoints(both)] == ["checkpoint-2", "checkpoint-4"]
     weights, others = load_file(both / "model.safetensors"), load_file(one / "model.safetensors")
     for name, value in weights.items():
         assert torch.allclose(value, others[name], atol=2e-3), name

@@ -439,6 +439,13 @@ def test_another_runs_checkpoint_does_not_replace_a_run(tmp_path):
     assert sha256(tmp_path / "other" / "model.safetensors") == weights
 
 
+def test_processes_that_do_not_see_the_same_checkpoint_are_told(tmp_path, monkeypatch):
+    """As on machines without a disk in common."""
+    monkeypatch.setattr("hf_deformvos.training.trainer.gather", lambda step: torch.cat([step, step + 4]))
+    with pytest.raises(ValueError, match=r"must begin at the same step, got \[0, 4\]: `output_dir` must be on a disk"):
+        make_trainer(tmp_path).train()
+
+
 def test_rates_and_decays_are_those_of_the_settings_after_resuming(tmp_path):
     make_trainer(tmp_path, max_train_steps=2).train()
     trainer = make_trainer(
@@ -603,8 +610,11 @@ def test_the_best_average_is_kept_and_training_goes_on_unchanged(tmp_path):
 
 def test_tracking_writes_tensorboard_files(tmp_path):
     pytest.importorskip("tensorboard")
-    make_trainer(tmp_path, max_train_steps=2, with_tracking=True).train()
+    trainer = make_trainer(tmp_path, max_train_steps=2, with_tracking=True)
+    trainer.train()
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+    trainer.log.write({"step": 3, "loss": None, "lr": 0.1})  # a loss that was not finite
+    assert trainer.log.lines()[-1] == {"step": 3, "loss": None, "lr": 0.1}
 
 
 def test_tracking_needs_tensorboard(tmp_path, monkeypatch):

@@ -211,6 +211,7 @@ class DeformVosInferenceSession:
         self._model: DeformVosModel | None = None
         self._weights_dtype: torch.dtype | None = None
         self._computed_in: torch.dtype | None = None
+        self._computed_on: torch.device | None = None
         self._objects: ObjectTable | None = None
         self._memory: MemoryBank | None = None
         self._frame_size: tuple[int, int] | None = None
@@ -429,15 +430,15 @@ class DeformVosInferenceSession:
             )
         if self._is_empty:
             return
-        previous, device = self._memory.previous, execution_device(model)
-        if previous.masks.device != device:
+        if self._computed_on != execution_device(model):
             raise ValueError(
-                f"The model must lie on {previous.masks.device}, as at the frames before, got {device}; move it back, "
-                "or start another session."
+                f"The model must lie on {self._computed_on}, as at the frames before, got {execution_device(model)}; "
+                "move it back, or start another session."
             )
-        if len(previous.layers) != len(model.layers):
+        num_layers = len(self._memory.previous.layers)
+        if num_layers != len(model.layers):
             raise ValueError(
-                f"The model must have {len(previous.layers)} propagation layers, as at the frames before, got "
+                f"The model must have {num_layers} propagation layers, as at the frames before, got "
                 f"{len(model.layers)}: a session follows its objects with one model."
             )
         if self._computed_in != self._precision(model):
@@ -561,7 +562,8 @@ class DeformVosInferenceSession:
         if self._memory is None:
             self._memory = MemoryBank(self.long_term_slots or model.config.long_term_slots)
             self._objects = ObjectTable(limit)
-            self._origin, self._weights_dtype, self._computed_in = frame_idx, model.dtype, self._precision(model)
+            self._origin, self._weights_dtype = frame_idx, model.dtype
+            self._computed_in, self._computed_on = self._precision(model), execution_device(model)
         self._model = model
         for obj_id in given:
             self._objects.add(obj_id)

@@ -77,7 +77,13 @@ def locate(name: str, folder: Path) -> str:
 
 def read_settings(path: str) -> dict:
     """Settings from a JSON or YAML file, relative paths resolved."""
-    text = Path(path).read_text()
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        there = ", ".join(sorted(each.name for each in QUICK_START.parent.glob("*.json")))
+        raise ValueError(
+            f"The settings {path} cannot be read ({error}); {short(QUICK_START.parent)} has {there}."
+        ) from error
     try:
         values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
     except (json.JSONDecodeError, yaml.YAMLError) as error:

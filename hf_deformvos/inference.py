@@ -264,6 +264,8 @@ def _check_name(name: str):
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.exists(name):
         raise ValueError(f"A model is a folder or a Hub repository (owner/name), got {name!r}, which is neither.")
     folder, _, rest = name.partition("/")
+    if not rest:
+        raise ValueError(f"There is no folder {name!r} here, and a Hub repository is named owner/name.")
     # `folder/nme` beside an existing `folder` is more often a typing mistake than a repository.
     if os.path.isdir(folder):
         raise ValueError(

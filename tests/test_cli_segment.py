@@ -495,6 +495,8 @@ def test_model_and_device_mistakes(tmp_path, clip, capsys):
     arguments = [video, "--mask", mask, "--output", tmp_path / "out"]
     assert run(*arguments, "--model", tmp_path / "nowhere") == 2
     assert "nowhere', which is neither" in error_of(capsys)
+    assert run(*arguments, "--model", "no-such-folder") == 2
+    assert "There is no folder 'no-such-folder' here, and a Hub repository is named owner/name" in error_of(capsys)
     assert run(*arguments, "--model", tmp_path) == 2
     assert "config.json" in error_of(capsys)
     assert run(*arguments, "--model", tmp_path, "--device", "tpu9") == 2

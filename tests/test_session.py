@@ -896,6 +896,14 @@ MISTAKES = {
     ),
     "negative frame": (lambda s, p, f, y: p.add_inputs_to_inference_session(s, -1, input_masks=y), "frame_idx"),
     "unknown id": (lambda s, p, f, y: s.remove_object(17), "17"),
+    "colours as masks": (
+        lambda s, p, f, y: p.add_inputs_to_inference_session(s, 0, input_masks=np.stack([y] * 3, axis=-1)),
+        r"is a colour image, \(96, 160, 3\)",
+    ),
+    "a size of one side": (
+        lambda s, p, f, y: p.post_process_masks(np.zeros((1, 1, 8, 8), np.float32), [(10,)]),
+        r"must be \(height, width\), got \(10,\)",
+    ),
     "two videos": (
         lambda s, p, f, y: p.init_video_session(video=[[f, f], [f, f]]).source.read(0),
         "one video, got 2 frames in place of one",

@@ -810,6 +810,12 @@ def test_accelerate_launch_trains_a_model_that_loads(tiny_run):
     assert AutoProcessor.from_pretrained(tiny_run / "launched").image_processor.max_enlargement == MAX_ENLARGEMENT
 
 
+def test_settings_that_are_not_there_are_named(capsys):
+    assert train_distill.main(["recipes/nothere.json"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: The settings recipes/nothere.json cannot be read (") and "student_cpu.json" in told
+
+
 def test_files_are_settings_and_flags_override_them(tmp_path):
     (tmp_path / "run.yaml").write_text("learning_rate: 1e-3\nmax_gap: 4\nstages:\n- " + json.dumps(STAGE) + "\n")
     config = train_distill.parse([str(tmp_path / "run.yaml"), "--max-gap", "7", "--no_channels_last"])

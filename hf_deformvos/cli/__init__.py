@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (segment, evaluate, score, benchmark, export, publish, dataset):
         command.add_parser(subparsers)
     for subparser in subparsers.choices.values():
-        subparser.set_defaults(usage=subparser.format_usage)
+        subparser.set_defaults(usage=subparser.format_usage, refuse=subparser.error)
     return parser
 
 
@@ -64,7 +64,10 @@ def main(argv: list[str] | None = None) -> int:
         `int`: The exit code. argparse itself leaves by `SystemExit` (2 for a mistake, 0 for `--help`).
     """
     words = sys.argv[1:] if argv is None else argv
-    arguments = build_parser().parse_args(words)
+    parser = build_parser()
+    arguments, unknown = parser.parse_known_args(words)
+    if unknown:
+        arguments.refuse(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:

@@ -2,8 +2,11 @@
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -68,6 +71,25 @@ def print_line(line: str, is_all: bool = True) -> None:
 def silence_output() -> None:
     """Turns standard output to nowhere, once its reader is gone: the interpreter must not flush to it again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def interrupt(*_) -> None:
+    """Ends a run that a service manager or a batch system ends, as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def on_signals(handler, *signals: signal.Signals) -> Iterator[None]:
+    """Handles signals otherwise for a while; only the main thread may, so elsewhere nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, handler) for number in signals}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 def add_dataset_arguments(parser: argparse.ArgumentParser, required: bool = True, guessed: bool = False) -> None:

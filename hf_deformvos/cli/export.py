@@ -1,6 +1,9 @@
 """`deformvos export`: writes a model as graphs with explicit memory, for onnxruntime or for torch.export."""
 
 import argparse
+import signal
+
+from .common import interrupt, on_signals
 
 
 _DESCRIPTION = """\
@@ -39,14 +42,16 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     from ..export import export_model
 
-    out = export_model(
-        arguments.model,
-        arguments.out,
-        format=arguments.format,
-        dtype=arguments.dtype,
-        calibration=arguments.calibration,
-        overwrite=arguments.overwrite,
-    )
+    with on_signals(interrupt, signal.SIGTERM):  # nothing half-written is left
+        out = export_model(
+            arguments.model,
+            arguments.out,
+            format=arguments.format,
+            dtype=arguments.dtype,
+            calibration=arguments.calibration,
+            overwrite=arguments.overwrite,
+            show_progress_bar=True,
+        )
     files = sorted(file for file in out.iterdir() if file.is_file())
     for file in files:
         print(f"{file} ({file.stat().st_size / 2**20:.2f} MiB)")

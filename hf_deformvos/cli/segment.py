@@ -5,15 +5,23 @@ import re
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..writable import check_folder
-from .common import BUNDLED_MODEL, DEFAULT_HUB_MODEL, at_least, default_model, explain, thread_count
+from .common import (
+    BUNDLED_MODEL,
+    DEFAULT_HUB_MODEL,
+    at_least,
+    default_model,
+    explain,
+    interrupt,
+    on_signals,
+    thread_count,
+)
 from .segment_adapt import check_readable_twice, load_adapted
 from .segment_results import Results, versions, write_results, writing
 from .speed import adaptation_config, add_adaptation_arguments, add_speed_arguments, resolve_speed
@@ -184,7 +192,7 @@ class _Job:
         worker = BackgroundWorker(self._write, _QUEUE_DEPTH)
         started = time.perf_counter()
         try:
-            with _on_signals(_interrupt, signal.SIGTERM), closing(self._segment()) as segmented:
+            with on_signals(interrupt, signal.SIGTERM), closing(self._segment()) as segmented:
                 for frame, id_map, seconds in segmented:
                     worker.submit(frame, id_map, seconds)
         except KeyboardInterrupt:
@@ -192,7 +200,7 @@ class _Job:
         except Exception as error:
             self.failure = explain(error)
         # Impatience while files are being finished would leave an unplayable video.
-        with _on_signals(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM):
+        with on_signals(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM):
             for finish in (worker.close, self._close_overlay, self._check_masks_used):
                 self._attempt(finish)
             self.wall_seconds = time.perf_counter() - started
@@ -451,25 +459,6 @@ def _prepare_output(output: Path, overlay: Path | None, old: list[Path]) -> None
             folder.mkdir(parents=True, exist_ok=True)
     for file in old:
         file.unlink()
-
-
-def _interrupt(*_) -> None:
-    """Ends a run that a service manager or a batch system ends, as Ctrl-C does."""
-    raise KeyboardInterrupt
-
-
-@contextmanager
-def _on_signals(handler, *signals: signal.Signals) -> Iterator[None]:
-    """Handles signals otherwise for a while; only the main thread may, so elsewhere nothing changes."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = {number: signal.signal(number, handler) for number in signals}
-    try:
-        yield
-    finally:
-        for number, before in previous.items():
-            signal.signal(number, before)
 
 
 __all__ = ["LoadedModel", "add_parser", "load_model", "run"]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from transformers import AutoProcessor
 from transformers.utils import logging as transformers_logging
 
@@ -49,6 +50,7 @@ def export_model(
     dtype: str = "float32",
     calibration: str | os.PathLike | None = None,
     overwrite: bool = False,
+    show_progress_bar: bool = False,
 ) -> Path:
     """
     Export a model as graphs with explicit memory, for frames of any size, any number of objects and of memory frames.
@@ -64,6 +66,7 @@ def export_model(
         calibration (`str` or `os.PathLike`, *optional*):
             A video whose frames tell `"int8"` the ranges of activations; the example clip of a checkout by default.
         overwrite (`bool`, defaults to `False`): whether to replace an export in `out`.
+        show_progress_bar (`bool`, defaults to `False`): graph by graph, each of which takes seconds to minutes.
 
     Returns:
         `Path`: the folder.
@@ -91,7 +94,7 @@ def export_model(
         part = Path(folder, "export")
         part.mkdir()
         graphs = build_graphs(loaded)
-        for graph in graphs:
+        for graph in tqdm(graphs, desc="export", unit="graph", disable=not show_progress_bar):
             write_graph(graph, part, format)
         settings = _settings(loaded, processor, format)
         settings["outputs"] = {graph.name: graph.outputs for graph in graphs}

@@ -571,7 +571,10 @@ def as_index(value, name: str) -> int:
 
 def as_size(original_size: Sequence) -> tuple[int, int]:
     """One frame's (height, width); the processor's list of one such pair is as good."""
-    height, width = original_size[0] if len(original_size) == 1 else original_size
+    pair = original_size[0] if len(original_size) == 1 else original_size
+    if np.ndim(pair) != 1 or len(pair) != 2:
+        raise ValueError(f"`original_size` must be (height, width), got {original_size!r}.")
+    height, width = pair
     return as_index(height, "original_size"), as_index(width, "original_size")
 
 
@@ -593,6 +596,11 @@ def masks_by_id(input_masks, obj_ids) -> dict[int, np.ndarray]:
     if isinstance(array, np.ndarray) and array.ndim == 2 and (array.dtype != bool or obj_ids is None):
         return _split_id_map(array, obj_ids)
     listed = [array] if isinstance(array, np.ndarray) and array.ndim == 2 else list(array)
+    if obj_ids is None and isinstance(array, np.ndarray) and array.ndim == 3 and array.shape[-1] in (3, 4):
+        raise ValueError(
+            f"`input_masks` is a colour image, {array.shape}: an id map is (height, width), and boolean masks are "
+            "(num_objects, height, width)."
+        )
     if obj_ids is None or len(obj_ids) != len(listed):
         raise ValueError(
             f"{len(listed)} masks came with `obj_ids` {obj_ids}: boolean masks need one id each. (An id map is "

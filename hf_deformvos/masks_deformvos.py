@@ -78,6 +78,8 @@ def read_mask(path: str | os.PathLike, size: tuple[int, int] | None = None) -> n
         )
     if ids.max() > _VOID:
         raise ValueError(f"mask {path} must hold ids from 1 to 255, got {ids.max()}; renumber the objects.")
+    if (ids == ids.flat[0]).all():
+        logger.warning(f"mask {path} is object {ids.flat[0]} everywhere: were object and background exchanged?")
     if size is not None and ids.shape != tuple(size):
         ids = _resize(ids, tuple(size), path)
     return ids

@@ -587,6 +587,16 @@ def test_read_mask_of_another_size(tmp_path):
         read_mask(tmp_path / "small.png", (2, 3))
 
 
+def test_read_mask_warns_of_what_covers_everything(tmp_path, warnings_of_package):
+    ids = np.ones((5, 5), dtype=np.uint8)
+    ids[0, 0] = 0
+    Image.fromarray(ids * 255).save(tmp_path / "most.png")
+    Image.fromarray(np.full((5, 5), 255, dtype=np.uint8)).save(tmp_path / "all.png")
+    assert read_mask(tmp_path / "most.png").sum() == 24 and warnings_of_package.text == ""
+    assert (read_mask(tmp_path / "all.png") == 1).all()
+    assert "all.png is object 1 everywhere: were object and background exchanged?" in warnings_of_package.text
+
+
 def test_read_mask_errors(tmp_path):
     Image.fromarray(np.zeros((5, 5), dtype=np.uint8)).save(tmp_path / "empty.png")
     with pytest.raises(ValueError, match=r"empty\.png is empty: .* paint each object"):

@@ -342,7 +342,8 @@ def _youtube_vos_part(root: Path, split: str | None) -> tuple[Path, str]:
     if not (root / "meta.json").is_file():
         split = "val" if split is None else split
         return root / _YOUTUBE_VOS_FOLDERS.get(split, split), split
-    names = {**{part: part for part in YOUTUBE_VOS_PARTS}, "valid": "val"}
+    names = {part: part for part in YOUTUBE_VOS_PARTS}
+    names |= {folder: name for name, folder in _YOUTUBE_VOS_FOLDERS.items()}
     chosen, own = names.get(split, split), names.get(Path(os.path.abspath(root)).name)
     if None not in (chosen, own) and chosen != own:
         raise ValueError(

@@ -260,7 +260,8 @@ class Trainer:
     def _set_later_checkpoints_aside(self) -> None:
         """A run that goes back to an earlier checkpoint leaves the later ones, and `latest` must not find them."""
         if self.accelerator.is_main_process:
-            moved = set_later_aside(self.output_dir, self.step + (not self._is_elsewhere))
+            # This step's own checkpoint stays, if it is the one that was taken up.
+            moved = set_later_aside(self.output_dir, self.step if self._is_elsewhere else self.step + 1)
             if moved:
                 places = ", ".join(path.name for path in moved)
                 logger.warning(f"Going back to step {self.step}: what lies beyond it is kept as {places}.")
